@@ -1,0 +1,65 @@
+"""Connecting to Ray, or starting it here: as late as possible, and with its resources checked before any work."""
+
+import os
+from typing import Any
+
+
+class ResourceError(ValueError):
+    """The cluster does not have what was asked for."""
+
+
+class Session:
+    """A connection to Ray that is made on first use and closed by `close`.
+
+    Where RAY_ADDRESS is set (in a submitted job it always is) that cluster is used, else one is started on this machine
+    with all its CPUs, bound to 127.0.0.1.
+    """
+
+    def __init__(self) -> None:
+        self._ray: Any = None
+        self._owner = False
+
+    @property
+    def started(self) -> bool:
+        return self._ray is not None
+
+    def connect(self) -> Any:
+        """The module ray, connected."""
+        if self._ray is None:
+            # Ray's own lines about its logs and metrics are not this program's output.
+            os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+            import ray
+
+            if not ray.is_initialized():
+                ray.init(
+                    address=os.environ.get("RAY_ADDRESS"),
+                    include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
+                self._owner = True
+            self._ray = ray
+        return self._ray
+
+    def check(self, *, num_workers: int, cpus_per_worker: int | None, use_gpu: bool) -> int:
+        """CPUs for each worker. Raises `ResourceError` at once where the cluster cannot hold the workers."""
+        resources = self.connect().cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        if use_gpu and gpus < num_workers:
+            raise ResourceError(
+                f"expected {num_workers} GPUs (one a worker), the cluster has {gpus}; lower --resources.num-workers "
+                "or leave out --resources.use-gpu"
+            )
+        each = cpus_per_worker or max(1, cpus // num_workers)
+        if each * num_workers > cpus:
+            raise ResourceError(
+                f"expected {each * num_workers} CPUs ({num_workers} workers with {each} each), the cluster has {cpus}; "
+                "lower --resources.num-workers or --resources.cpus-per-worker"
+            )
+        return each
+
+    def close(self) -> None:
+        if self._ray is not None and self._owner:
+            self._ray.shutdown()
+        self._ray = None

@@ -1,0 +1,182 @@
+"""The command line: presets, dotted overrides, and errors as one line."""
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from cluster.session import ResourceError
+from pipelines.config import PipelineConfig, config_from_manifest
+from pipelines.presets import PRESETS
+from pipelines.ray_train import TrainingFailedError
+from vqvae_core.errors import InputError
+from vqvae_core.train import NonFiniteLossError
+
+USER_ERRORS = (InputError, ResourceError, NonFiniteLossError, TrainingFailedError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line gives beside the config."""
+
+    preset: str
+    root: str
+    track: bool
+    config: PipelineConfig
+
+
+def parse(arguments: list[str], default_preset: str = "doom84") -> Options:
+    """Options from arguments. Raises `InputError` in one line for anything that does not fit; exits 0 on --help."""
+    own, rest = _take(arguments, ("--preset", "--root", "--source", "--config"))
+    track = "--no-track" not in rest
+    rest = [argument for argument in rest if argument != "--no-track"]
+    preset = own.get("--preset", default_preset)
+    if preset not in PRESETS:
+        raise InputError(f"expected a preset out of {', '.join(PRESETS)}, found {preset!r}{_nearest(preset, PRESETS)}")
+    config = PRESETS[preset][0]
+    if "--config" in own:
+        config = replay(own["--config"])
+    if "--source" in own:
+        if not any(item.name == "path" for item in dataclasses.fields(config.data)):
+            raise InputError(
+                f"expected no --source for the preset {preset}, whose frames are made live, found {own['--source']!r}; "
+                "choose another --preset"
+            )
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=own["--source"]))
+    if "--help" in rest or "-h" in rest:
+        print(_usage())
+    else:
+        _check_names(rest, config)
+    return Options(
+        preset=preset, root=own.get("--root", f"runs/{preset}"), track=track, config=_overridden(config, rest)
+    )
+
+
+def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
+    """The values of some options, as `--name value` or `--name=value`, and the arguments without them."""
+    taken: dict[str, str] = {}
+    rest: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if name not in names:
+            rest.append(argument)
+            continue
+        value = value if equals else next(waiting, "")
+        if not value:
+            raise InputError(f"expected a value after {name}, found none")
+        taken[name] = value
+    return taken, rest
+
+
+def _usage() -> str:
+    presets = "\n".join(f"  {name:12} {what}" for name, (_, what) in PRESETS.items())
+    return (
+        "usage: full.py [--preset NAME] [--root FOLDER] [--source PLACE] [--config MANIFEST] [--no-track] [--FIELD "
+        f"VALUE ...]\n\npresets (--preset):\n{presets}\n\n"
+        "--root FOLDER      where artifacts go, local or s3://bucket/prefix (runs/PRESET)\n"
+        "--source PLACE     folder with the source's files, local or s3://\n"
+        "--config MANIFEST  a manifest.json whose config is run again\n"
+        "--no-track         without MLflow\n"
+    )
+
+
+def _dotted(config: Any, prefix: str = "") -> dict[str, type]:
+    """--option of every field of a config."""
+    found: dict[str, type] = {}
+    for item in dataclasses.fields(config):
+        name = prefix + item.name.replace("_", "-")
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            found |= _dotted(value, f"{name}.")
+        else:
+            found[f"--{name}"] = type(value)
+            if isinstance(value, bool):
+                found[f"--{prefix}no-{item.name.replace('_', '-')}"] = bool
+    return found
+
+
+def _check_names(arguments: list[str], config: PipelineConfig) -> None:
+    known = _dotted(config)
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name.replace("_", "-") not in known:
+            raise InputError(
+                f"expected a field of the config, found {name}{_nearest(name, known)}; --help lists all fields"
+            )
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _overridden(config: PipelineConfig, arguments: list[str]) -> PipelineConfig:
+    marked = Annotated[PipelineConfig, tyro.conf.AvoidSubcommands]
+    try:
+        return tyro.cli(marked, default=config, args=arguments, prog="full.py", console_outputs=_wants_help(arguments))
+    except ValueError as error:  # a config's own check
+        raise InputError(str(error)) from error
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError(_why(config, arguments)) from None
+
+
+def _wants_help(arguments: list[str]) -> bool:
+    return "--help" in arguments or "-h" in arguments
+
+
+def _why(config: PipelineConfig, arguments: list[str]) -> str:
+    """Which argument does not fit its field: tyro's own page is many lines."""
+    known = _dotted(config)
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            if not equals:
+                value = arguments[position + 1] if position + 1 < len(arguments) else ""
+            try:
+                tyro.cli(
+                    Annotated[PipelineConfig, tyro.conf.AvoidSubcommands],
+                    default=config,
+                    args=[name, value] if value else [name],
+                    console_outputs=False,
+                )
+            except ValueError as error:
+                return str(error)
+            except SystemExit:
+                kind = known[name.replace("_", "-")]
+                return (
+                    f"expected a value of type {kind.__name__} for {name}, found {value or 'none'}; --help explains it"
+                )
+    return f"expected --FIELD VALUE pairs, found {' '.join(arguments)}; --help lists all fields"
+
+
+def replay(location: str) -> PipelineConfig:
+    """The config in a manifest, as it was run. Raises `InputError` where there is none or its fields are unknown."""
+    try:
+        values = json.loads(Path(location).read_text())["provenance"]["config"]
+        return config_from_manifest(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"expected a manifest.json with a config at {location}, but: {type(error).__name__} {error}"
+        ) from error
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Run a command: errors that a user can fix are one line on stderr and exit code 2; Ctrl-C is 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        main(sys.argv[1:])
+    except USER_ERRORS as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,143 @@
+"""What a run is made of: recipes (what is computed; hashed) and resources (on what; never hashed)."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.sources import SOURCES, AnySource, ViZDoomSource
+from vqvae_core.checkpoint import config_from_json
+from vqvae_core.images import ImageFormat
+from vqvae_core.pixelcnn import PixelCNNConfig
+from vqvae_core.train import TrainConfig
+from vqvae_core.vqvae import STRIDE, VQVAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """How images become shards."""
+
+    image_size: int = 128
+    """Height and width of every image, in pixels."""
+    resize: Literal["crop", "exact"] = "crop"
+    """crop: scale the shorter side and cut the centre out; exact: images of another size are rejected."""
+    image_format: ImageFormat = "png"
+    """png and webp keep every bit; jpg (quality 95, 4:4:4) saves space."""
+    images_per_shard: int = 1024
+    """Images in a shard; the last one of a split may have fewer."""
+    max_rejected_fraction: float = 0.01
+    """Above this share of rejected images the stage fails and shows them."""
+    max_train_images: int | None = None
+    """Take only so many images of the train split, drawn by the seed; None: all."""
+    max_validation_images: int | None = None
+    """The same for the validation split."""
+    seed: int = 0
+    """Of the permutation that mixes classes and episodes across shards."""
+
+    def __post_init__(self) -> None:
+        if self.image_size < STRIDE or self.image_size % STRIDE:
+            raise ValueError(f"image_size must be a multiple of {STRIDE}, was {self.image_size}")
+        if self.images_per_shard < 1:
+            raise ValueError(f"images_per_shard must be at least 1, was {self.images_per_shard}")
+        if not 0 <= self.max_rejected_fraction <= 1:
+            raise ValueError(f"max_rejected_fraction must be 0 to 1, was {self.max_rejected_fraction}")
+        for name in ("max_train_images", "max_validation_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, was {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What is drawn from the prior."""
+
+    num_images: int = 16
+    """Samples; their labels go round the label map."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 samples are more typical, above 1 more varied."""
+    seed: int = 0
+    """Of the first sample; sample i has seed + i."""
+    batch_size: int = 16
+    """Samples drawn together; it changes no sample."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"num_images and batch_size must be at least 1, were {self.num_images} and {self.batch_size}"
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, was {self.temperature}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """On what a run is computed. Nothing here changes a result's fingerprint."""
+
+    num_workers: int = 1
+    """Training workers (ranks)."""
+    cpus_per_worker: int | None = None
+    """CPUs and threads of each; None: all CPUs, divided evenly."""
+    use_gpu: bool = False
+    """Give each training worker and each encoder one GPU."""
+    checkpoint_every: int = 250
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept of a run."""
+    max_failures: int = 3
+    """Times that training starts again from its last checkpoint after a worker died."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
+        if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
+            raise ValueError(f"cpus_per_worker must be at least 1, was {self.cpus_per_worker}")
+        if self.max_failures < 0:
+            raise ValueError(f"max_failures must be 0 or more, was {self.max_failures}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """Raw images to tokens, a prior and samples."""
+
+    data: AnySource = field(default_factory=ViZDoomSource)
+    """Where images come from."""
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    """Images to shards."""
+    vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
+    """The VQ-VAE."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Training of the VQ-VAE."""
+    prior: PixelCNNConfig = field(default_factory=PixelCNNConfig)
+    """The prior."""
+    train_prior: TrainConfig = field(default_factory=TrainConfig)
+    """Training of the prior."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """Samples of the prior."""
+    resources: Resources = field(default_factory=Resources)
+    """Workers, CPUs, GPUs: never part of a fingerprint."""
+
+
+def recipe_of(config: Any) -> Any:
+    """A config as JSON values, without the fields that are never hashed."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {
+            item.name: recipe_of(getattr(config, item.name))
+            for item in dataclasses.fields(config)
+            if item.metadata.get("hashed", True)
+        }
+    if isinstance(config, tuple | list):
+        return [recipe_of(value) for value in config]
+    return config
+
+
+def config_from_manifest(values: dict[str, Any]) -> PipelineConfig:
+    """The config that a manifest records. Raises KeyError or TypeError where fields are missing or unknown."""
+    data = {name: tuple(value) if isinstance(value, list) else value for name, value in values["data"].items()}
+    rest = {name: value for name, value in values.items() if name not in ("data", "source")}
+    return dataclasses.replace(config_from_json(PipelineConfig, rest), data=SOURCES[values["source"]](**data))
+
+
+def config_to_manifest(config: PipelineConfig) -> dict[str, Any]:
+    """The resolved config as JSON values, with the kind of its source."""
+    kind = next(name for name, source in SOURCES.items() if isinstance(config.data, source))
+    return {**dataclasses.asdict(config), "source": kind}

@@ -1,0 +1,84 @@
+"""The whole pipeline: source to image shards, VQ-VAE, tokens, prior, samples and a report.
+
+    python pipelines/full.py --preset doom84 --root runs/doom84
+
+The same command again goes on where it stopped, and does nothing where all is done. --help explains every field.
+"""
+
+import os
+import time
+
+from cluster.session import Session
+from pipelines import cli
+from pipelines.config import config_to_manifest
+from pipelines.report import make_report
+from pipelines.sample import sample
+from pipelines.shard import shard
+from pipelines.stage import Pipeline
+from pipelines.tokenize_images import tokenize_images
+from pipelines.tracking import Tracker
+from pipelines.train_prior import train_prior
+from pipelines.train_vqvae import train_vqvae
+from vqvae_core.artifacts import hash_json
+from vqvae_core.storage import Folder
+
+REPORT = "report.html"
+
+
+def main(arguments: list[str]) -> None:
+    begin = time.monotonic()
+    options = cli.parse(arguments)
+    config, root = options.config, Folder.of(options.root)
+    root.check_writable()
+    config.data.check()
+    resolved = config_to_manifest(config)
+    fingerprint = hash_json({**resolved, "resources": None, "preset": options.preset})
+    tracker = Tracker(root, options.preset, resolved, fingerprint, enabled=options.track)
+    session = Session()
+    pipeline = Pipeline(root, config.resources, session, tracker, resolved)
+    status = "FAILED"
+    report: bytes | None = None
+    tracker.start()
+    try:
+        images = shard(pipeline, config.data, config.shard)
+        vqvae = train_vqvae(pipeline, config, images)
+        tokens = tokenize_images(pipeline, images, vqvae)
+        prior = train_prior(pipeline, config, tokens)
+        sample(pipeline, config.sample, prior, vqvae, tokens.label_map)
+        report = make_report(options.preset, pipeline.reports, resolved, time.monotonic() - begin)
+        root.write(REPORT, report)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        session.close()
+        tracker.finish(status, report)
+    _summary(pipeline, tracker, time.monotonic() - begin)
+
+
+def _summary(pipeline: Pipeline, tracker: Tracker, seconds: float) -> None:
+    work = sum(report.work_seconds for report in pipeline.reports)
+    facts = {report.name: report.artifact.facts for report in pipeline.reports}
+    model, prior = facts["train_vqvae"], facts["train_prior"]
+    print(
+        f"PSNR {model['psnr_db']:.2f} dB on validation images, {model['psnr_db'] - model['shrunken_psnr_db']:+.2f} dB "
+        f"over {model['shrunken_side']}x{model['shrunken_side']} bicubic, "
+        f"{model['psnr_db'] - model['same_bits_psnr_db']:+.2f} dB over "
+        f"{model['same_bits_side']}x{model['same_bits_side']} (equal bits)"
+    )
+    print(f"codes: perplexity {model['perplexity']:.0f} of {model['K']}, {100 * model['usage']:.1f} % in use")
+    print(
+        f"prior: {prior['bits_per_token']:.3f} bits/token, {prior['gain_bits_per_token']:.2f} below the tokens' unigram "
+        f"entropy"
+    )
+    share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
+    print(f"done in {seconds:.1f} s{share}")
+    if tracker.uri:
+        print(f"runs:   mlflow ui --backend-store-uri {tracker.uri}")
+    print(f"report: {pipeline.root.path(REPORT)}")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    cli.run(main)

@@ -1,0 +1,193 @@
+"""report.html: one self-contained page on a run. Made from artifacts alone, so it can be made again at any time."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pipelines.sample import GRID
+from pipelines.stage import StageReport
+from pipelines.train_vqvae import RECONSTRUCTIONS
+from vqvae_core.artifacts import Artifact
+from vqvae_core.token_shards import TokenShards
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 1120px; margin: 2.5rem auto; padding: 0 1.5rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
+p.lead, td small, figcaption { color: #5b6577; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
+th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid #e3e7ee; vertical-align: top; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+img { max-width: 100%; image-rendering: pixelated; border-radius: 4px; } figure { margin: 1rem 0; }
+.curves { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } .curves img { image-rendering: auto; }
+details { margin-top: 2rem; } pre { background: #f5f7fa; padding: 1rem; overflow: auto; font-size: 12px; }
+"""
+
+
+def make_report(name: str, reports: list[StageReport], config: Mapping[str, Any], seconds: float) -> bytes:
+    """The page as HTML. reports: what happened to each stage of this run."""
+    stages = {report.name: report.artifact for report in reports}
+    parts = [
+        f"<h1>{html.escape(name)}</h1>",
+        f"<p class=lead>Raw frames to tokens, a prior and samples. This run took {seconds:.0f} s.</p>",
+        "<h2>Reconstructions</h2>",
+        _picture(stages["train_vqvae"], RECONSTRUCTIONS, "Validation images; below them their reconstructions."),
+        "<h2>Samples of the prior</h2>",
+        _picture(stages["sample"], GRID, "Tokens drawn from the prior, one seed each, decoded."),
+        "<h2>Numbers</h2>",
+        _numbers(stages),
+        "<h2>Training</h2>",
+        f"<div class=curves>{_curves(stages)}</div>",
+        "<h2>Stages</h2>",
+        _stage_table(reports),
+        "<details><summary>Configuration of this run</summary><pre>",
+        html.escape(json.dumps(config, indent=1)),
+        "</pre></details>",
+    ]
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(name)}</title><style>{_STYLE}</style>"
+    return (head + "<body>" + "\n".join(parts) + "</body></html>\n").encode()
+
+
+def _image(data: bytes, caption: str, kind: str = "png") -> str:
+    encoded = base64.b64encode(data).decode()
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:image/{kind};base64,{encoded}"><figcaption>{text}</figcaption></figure>'
+    )
+
+
+def _picture(artifact: Artifact, path: str, caption: str) -> str:
+    return _image(artifact.read(path), caption)
+
+
+def _numbers(stages: Mapping[str, Artifact]) -> str:
+    model, prior = stages["train_vqvae"].facts, stages["train_prior"].facts
+    shards = stages["shard"].facts
+    splits = shards["splits"]
+    rejected = sum(shards["rejects"].values())
+    rows = [
+        (
+            "Images",
+            f"{splits['train']['images']:,} + {splits['validation']['images']:,}",
+            f"train + validation, {shards['size']} x {shards['size']}; {rejected} rejected",
+        ),
+        (
+            "PSNR",
+            f"{model['psnr_db']:.2f} dB",
+            "of reconstructions, from the mean squared error over every pixel of the validation split, peak 255",
+        ),
+        (
+            "over shrinking",
+            f"{model['psnr_db'] - model['shrunken_psnr_db']:+.2f} dB",
+            f"against the same images shrunk to {model['shrunken_side']} x {model['shrunken_side']} pixels and enlarged, "
+            "bicubic",
+        ),
+        (
+            "over equal bits",
+            f"{model['psnr_db'] - model['same_bits_psnr_db']:+.2f} dB",
+            f"against {model['same_bits_side']} x {model['same_bits_side']} pixels of 24 bits: about the bits of the "
+            "tokens",
+        ),
+        (
+            "Perplexity",
+            f"{model['perplexity']:.0f} of {model['K']}",
+            "2 to the entropy of code use over the validation split",
+        ),
+        ("Codes in use", f"{100 * model['usage']:.1f} %", "that occur at all in the validation split"),
+        (
+            "Prior",
+            f"{prior['bits_per_token']:.3f} bits/token",
+            "-log2 p(tokens | label), the mean over the validation split",
+        ),
+        (
+            "Unigram entropy",
+            f"{prior['unigram_bits_per_token']:.3f} bits/token",
+            "of the same tokens: the least that a prior without context costs",
+        ),
+        (
+            "Latents, learned prior",
+            f"{prior['latent_bits_per_dim']:.4f} bits/dim",
+            "the prior's bits an image over height x width x 3",
+        ),
+        ("Latents, uniform prior", f"{prior['latent_bits_per_dim_uniform']:.4f} bits/dim", "log2 K for each token"),
+    ]
+    lines = [
+        f"<tr><th>{name}</th><td class=number>{value}</td><td><small>{html.escape(meaning)}</small></td></tr>"
+        for name, value, meaning in rows
+    ]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _curves(stages: Mapping[str, Artifact]) -> str:
+    vqvae = json.loads(stages["train_vqvae"].read("history.json"))
+    prior = json.loads(stages["train_prior"].read("history.json"))
+    tokens = TokenShards(stages["tokenize"])
+    counts = sum(
+        np.bincount(tokens.read(path).tokens.reshape(-1), minlength=tokens.shape.num_codes)
+        for path in tokens.shards("validation")
+    )
+    return "".join(
+        [
+            _plot("VQ-VAE: mean squared error of a batch, images in [-1, 1]", vqvae, ["mse"], log=True),
+            _plot("VQ-VAE: PSNR on validation images (dB)", vqvae, ["validation_psnr_db"]),
+            _plot("Prior: bits/token", prior, ["bits_per_token", "validation_bits_per_token"]),
+            _bars("Use of codes on the validation split, by rank", np.sort(counts)[::-1] / np.sum(counts)),
+        ]
+    )
+
+
+def _plot(title: str, history: list[dict[str, float]], names: list[str], *, log: bool = False) -> str:
+    figure, axes = _axes(title)
+    for name in names:
+        points = [(point["step"], point[name]) for point in history if name in point]
+        marker = "o" if name.startswith("validation") else None
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.4, label=name)
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    if len(names) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure, title)
+
+
+def _bars(title: str, shares: np.ndarray) -> str:
+    figure, axes = _axes(title)
+    axes.fill_between(np.arange(len(shares)), 100 * shares, step="mid", alpha=0.8)
+    axes.set_xlabel("code, most used first")
+    axes.set_ylabel("% of tokens")
+    return _svg(figure, title)
+
+
+def _axes(title: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no pyplot: no global state, no display
+
+    figure = Figure(figsize=(5.4, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _svg(figure: Any, title: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{encoded}">'
+
+
+def _stage_table(reports: list[StageReport]) -> str:
+    lines = ["<tr><th>Stage</th><th>This run</th><th>Seconds when made</th><th>of which work</th><th>Folder</th></tr>"]
+    for report in reports:
+        made = report.artifact.manifest.provenance
+        lines.append(
+            f"<tr><td>{report.name}</td><td>{'reused' if report.reused else 'made'}</td>"
+            f"<td>{made['seconds']:.1f}</td><td>{made['work_seconds']:.1f}</td>"
+            f"<td><small>{html.escape(report.artifact.folder.uri)}</small></td></tr>"
+        )
+    return f"<table>{''.join(lines)}</table>"

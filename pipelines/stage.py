@@ -1,0 +1,294 @@
+"""How a stage becomes an artifact: reuse by fingerprint, fan-out over Ray Data, sidecars, and the commit."""
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.session import Session
+from pipelines.config import Resources
+from pipelines.tracking import StageRun, Tracker
+from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit, hash_json, reference
+from vqvae_core.storage import Folder, StorageError
+
+_PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage's work leaves: its files, facts for the manifest, and the seconds in which work was done (without
+    the start of Ray and its workers)."""
+
+    files: list[FileEntry]
+    facts: dict[str, Any]
+    work_seconds: float
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder of an artifact while it is made. `work` names the job exactly: fingerprint and inputs' contents."""
+
+    folder: Folder
+    work: str
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """The record of a part (a shard) that an earlier run of the same job finished, if its file is still there."""
+        return read_sidecar(self.folder, self.work, name)
+
+
+def sidecar_name(name: str) -> str:
+    return f"sidecars/{name}.json"
+
+
+def read_sidecar(folder: Folder, work: str, name: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(folder.read(sidecar_name(name)))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if record.get("work") != work or folder.size(record["file"]["path"]) != record["file"]["bytes"]:
+        return None
+    return record
+
+
+def write_sidecar(folder: Folder, work: str, name: str, file: FileEntry, **facts: Any) -> dict[str, Any]:
+    """Prove that a part is done. Written after its file. Returns the record."""
+    record = {"work": work, "name": name, "file": asdict(file), **facts}
+    folder.write(sidecar_name(name), json.dumps(record).encode())
+    return record
+
+
+@dataclass
+class StageReport:
+    """What happened to one stage in this run."""
+
+    name: str
+    artifact: Artifact
+    reused: bool
+    seconds: float
+    work_seconds: float
+
+
+@dataclass
+class Pipeline:
+    """One run of the pipeline: its root, where it computes, and what it tells."""
+
+    root: Folder
+    resources: Resources
+    session: Session
+    tracker: Tracker
+    config: Mapping[str, Any] = field(default_factory=dict)
+    reports: list[StageReport] = field(default_factory=list)
+
+    def make(
+        self,
+        stage: str,
+        *,
+        version: int,
+        kind: str,
+        recipe: Any,
+        inputs: Mapping[str, Artifact],
+        build: Callable[[Workspace, StageRun], Made],
+    ) -> Artifact:
+        """The artifact of a stage: as it is where it was made before from the same inputs, else made now."""
+        begin = time.monotonic()
+        parents = {name: artifact.manifest.fingerprint for name, artifact in inputs.items()}
+        fingerprint = hash_json({"stage": stage, "version": version, "recipe": recipe, "inputs": parents})
+        folder = self.root / f"{stage}-{fingerprint[:12]}"
+        artifact = self._reusable(folder, kind, inputs)
+        reused = artifact is not None
+        if artifact is None:
+            work = hash_json({"fingerprint": fingerprint, "inputs": {k: reference(v) for k, v in inputs.items()}})[:16]
+            run = self.tracker.stage(stage, work, recipe, inputs)
+            made = build(Workspace(folder, work), run)
+            artifact = commit(
+                folder,
+                kind=kind,
+                stage=stage,
+                stage_version=version,
+                fingerprint=fingerprint,
+                recipe=recipe,
+                inputs=inputs,
+                files=made.files,
+                facts=made.facts,
+                provenance={
+                    **provenance(),
+                    "config": self.config,
+                    "mlflow_run": run.run_id,
+                    "seconds": round(time.monotonic() - begin, 3),
+                    "work_seconds": round(made.work_seconds, 3),
+                },
+            )
+            run.finish(artifact)
+        seconds = time.monotonic() - begin
+        work_seconds = 0.0 if reused else artifact.manifest.provenance["work_seconds"]
+        self.reports.append(StageReport(stage, artifact, reused, seconds, work_seconds))
+        print(f"{stage}: {'reused' if reused else f'made in {seconds:.1f} s'}  {folder.uri}", flush=True)
+        return artifact
+
+    def _reusable(self, folder: Folder, kind: str, inputs: Mapping[str, Artifact]) -> Artifact | None:
+        if not folder.exists(MANIFEST):
+            return None
+        artifact = Artifact.open(folder, kind)
+        for name, parent in inputs.items():
+            if artifact.manifest.inputs[name]["content"] != parent.manifest.content:
+                print(f"{folder.name}: made again, since its input {name} now has other contents", flush=True)
+                folder.delete(MANIFEST)
+                return None
+        artifact.check_files()
+        return artifact
+
+
+def fan_out(
+    session: Session, task: Callable[[dict[str, Any]], dict[str, Any]], jobs: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Run task(job) for each job over Ray Data, one row each; yields the results as they come, in no fixed order.
+
+    Jobs and results are JSON. An error of a task is raised here as itself, not as Ray's.
+    """
+    if not jobs:
+        return
+    session.connect()
+    import ray.data
+    from ray.exceptions import RayError
+
+    _quiet()
+    rows = [{"job": json.dumps(job)} for job in jobs]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task))
+    try:
+        for row in data.iter_rows():
+            yield json.loads(row["result"])
+    except RayError as error:
+        raise _root_cause(error) from error
+
+
+def _quiet() -> None:
+    """The stages show their own progress."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class _Run:
+    task: Callable[[dict[str, Any]], dict[str, Any]]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        begin = time.time()
+        result = self.task(json.loads(row["job"]))
+        return {"result": json.dumps({**result, "begin": begin, "end": time.time()})}
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The error that a task raised, out of the layers that Ray wraps around it."""
+    cause = getattr(error, "cause", None) or error.__cause__
+    return error if cause is None or cause is error else _root_cause(cause)
+
+
+class WorkClock:
+    """Seconds from the first begin to the last end of the jobs of a fan-out."""
+
+    def __init__(self) -> None:
+        self._begin: float | None = None
+        self._end = 0.0
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        self._begin = min(self._begin or result["begin"], result["begin"])
+        self._end = max(self._end, result["end"])
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._begin is None else self._end - self._begin
+
+
+def check_space(folder: Folder, needed_bytes: int, what: str) -> None:
+    """Raises `StorageError` where a local folder has less space than a stage will need."""
+    free = folder.free_bytes()
+    if free is not None and free < needed_bytes:
+        raise StorageError(
+            f"expected {needed_bytes / 2**30:.2f} GiB of free space at {folder.uri} for {what}, found "
+            f"{free / 2**30:.2f} GiB; free some or choose another --root"
+        )
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and machine: recorded, never hashed."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def encode_shards(
+    session: Session,
+    read: Callable[[dict[str, Any]], dict[str, Any]],
+    encoder: type,
+    jobs: Sequence[dict[str, Any]],
+    resources: Resources,
+) -> Iterator[dict[str, Any]]:
+    """read(job) in CPU tasks, then encoder()(row) in actors, one row a shard; yields what they return.
+
+    job["threads"] tells an encoder how many threads it has.
+
+    A reader keeps at least one CPU, so that readers and encoders cannot wait for each other.
+    """
+    if not jobs:
+        return
+    ray = session.connect()
+    import ray.data
+    from ray.exceptions import RayError
+
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    actors = min(len(jobs), resources.num_workers if resources.use_gpu else 1)
+    threads = max(1, (cpus - 1) // actors)
+    _quiet()
+    rows = [{"job": json.dumps({**job, "threads": threads})} for job in jobs]
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    data = data.map(_Read(read), num_cpus=0.5 if cpus == 1 else 1).map(
+        encoder,
+        num_cpus=0.5 if cpus == 1 else threads,
+        num_gpus=1 if resources.use_gpu else 0,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+    )
+    try:
+        begin = time.time()
+        for row in data.iter_rows():
+            yield {**row, "begin": begin, "end": time.time()}
+    except RayError as error:
+        raise _root_cause(error) from error
+
+
+@dataclass(frozen=True)
+class _Read:
+    read: Callable[[dict[str, Any]], dict[str, Any]]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self.read(json.loads(row["job"]))

@@ -1,0 +1,130 @@
+"""The tokenize stage: image shards to token shards, one Parquet file a shard, in the same order.
+
+Named so that it does not hide Python's own `tokenize` when it is run as a script. CPU tasks read and decode, actors
+(with a GPU each, where asked) encode: one row is one shard.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipelines.progress import Progress
+from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
+from pipelines.train_vqvae import load_vqvae
+from vqvae_core.artifacts import Artifact, FileEntry
+from vqvae_core.image_shards import ImageShards
+from vqvae_core.storage import Folder
+from vqvae_core.token_shards import KIND, TokenShape, TokenShards, write_parquet
+from vqvae_core.vqvae import STRIDE, VQVAE
+
+VERSION = 1
+_BATCH = 64
+
+
+def tokenize_images(pipeline: Pipeline, images: ImageShards, model: Artifact) -> TokenShards:
+    """The tokens of image shards under a VQ-VAE. Nothing to configure: everything is read from the inputs."""
+    artifact = pipeline.make(
+        "tokenize",
+        version=VERSION,
+        kind=KIND,
+        recipe={},
+        inputs={"images": images.artifact, "model": model},
+        build=lambda space, run: _build(pipeline, images, model, space),
+    )
+    return TokenShards(artifact)
+
+
+def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Workspace) -> Made:
+    names = [path.removesuffix(".tar") for split in ("train", "validation") for path in images.shards(split)]
+    missing = [name for name in names if space.finished(name) is None]
+    total = sum(images.artifact.files[f"{name}.tar"].rows for name in names)
+    done = sum(images.artifact.files[f"{name}.tar"].rows for name in names if name not in missing)
+    clock = WorkClock()
+    spec = {
+        "images": images.artifact.folder.uri,
+        "model": model.folder.uri,
+        "out": space.folder.uri,
+        "work": space.work,
+    }
+    with Progress("tokenize", total, "images", done=done) as progress:
+        jobs = [{**spec, "name": name} for name in missing]
+        for result in encode_shards(pipeline.session, read_shard, Encoder, jobs, pipeline.resources):
+            clock.add(result)
+            done += result["rows"]
+            progress.advance_to(done)
+    records = [record for name in names if (record := space.finished(name))]
+    if len(records) != len(names):
+        raise RuntimeError(f"{len(names) - len(records)} token shards are missing after the fan-out")
+    files = [FileEntry(**record["file"]) for record in records]
+    sites = images.size // STRIDE
+    facts = {
+        "shape": {"H": sites, "W": sites, "G": 1, "K": model.facts["K"]},
+        "model": model.manifest.fingerprint,
+        "precision": model.facts["precision"],
+        "splits": images.artifact.facts["splits"],
+        "label_map": images.label_map,
+    }
+    return Made(files, facts, clock.seconds)
+
+
+def read_shard(job: dict[str, Any]) -> dict[str, Any]:
+    """Read and decode one image shard: one row, with all its pixels."""
+    images = ImageShards.open(Folder(job["images"]))
+    samples = images.read(f"{job['name']}.tar")
+    pixels = np.stack([sample.pixels() for sample in samples])
+    labels = [sample.label for sample in samples]
+    return {
+        "job": json.dumps(job),
+        "pixels": pixels.tobytes(),
+        "shape": json.dumps(pixels.shape),
+        "keys": json.dumps([sample.key for sample in samples]),
+        "labels": json.dumps(labels),
+    }
+
+
+class Encoder:
+    """An actor with the model: encodes one shard and writes its tokens, then its sidecar."""
+
+    def __init__(self) -> None:
+        self._model: VQVAE | None = None
+
+    def _load(self, job: dict[str, Any]) -> VQVAE:
+        if self._model is not None:
+            return self._model
+        torch.set_num_threads(job["threads"])
+        artifact = Artifact.open(Folder(job["model"]))
+        self._fingerprint, self._precision = artifact.manifest.fingerprint, artifact.facts["precision"]
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = load_vqvae(artifact).to(self._device, memory_format=torch.channels_last)
+        return self._model
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        job = json.loads(row["job"])
+        model = self._load(job)
+        pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(json.loads(row["shape"]))
+        tokens = torch.cat(list(self._encode(model, pixels))).numpy()[..., None]
+        shape = TokenShape(
+            height=tokens.shape[1],
+            width=tokens.shape[2],
+            num_groups=1,
+            num_codes=model.config.quantizer.num_codes,
+        )
+        data = write_parquet(json.loads(row["keys"]), json.loads(row["labels"]), tokens, shape, self._fingerprint)
+        folder, name = Folder(job["out"]), job["name"]
+        folder.write(f"{name}.parquet", data)
+        file = FileEntry.of(f"{name}.parquet", data, rows=len(tokens))
+        write_sidecar(folder, job["work"], name, file)
+        return {"rows": len(tokens)}
+
+    @torch.no_grad()
+    def _encode(self, model: VQVAE, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
+        # A fixed batch, the last one filled up: an image's tokens must not depend on how many share its batch.
+        for start in range(0, len(pixels), _BATCH):
+            batch = pixels[start : start + _BATCH]
+            count = len(batch)
+            batch = torch.cat([batch, batch[-1:].expand(_BATCH - count, -1, -1, -1)]).to(self._device)
+            with torch.autocast(self._device, torch.bfloat16, enabled=self._precision == "bf16"):
+                yield model.encode(batch)[:count].cpu()

@@ -1,0 +1,137 @@
+"""The train_prior stage: token shards to a gated PixelCNN, by Ray Train."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import torch
+
+from pipelines import ray_train
+from pipelines.config import PipelineConfig, recipe_of
+from pipelines.stage import Made, Pipeline, Workspace
+from pipelines.tracking import StageRun
+from pipelines.train_vqvae import resolve_precision, write_files
+from vqvae_core.artifacts import Artifact, FileEntry
+from vqvae_core.checkpoint import TrainingState, config_from_json, load_model, save_model
+from vqvae_core.errors import InputError
+from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
+from vqvae_core.prior_training import (
+    PriorTraining,
+    TokenItem,
+    bits_per_token,
+    collate_tokens,
+    token_items,
+    unigram_bits_per_token,
+)
+from vqvae_core.storage import Folder
+from vqvae_core.stream import Stream, mix
+from vqvae_core.token_shards import TokenShape, TokenShards
+from vqvae_core.train import TrainConfig, Worker, train
+from vqvae_core.vqvae import STRIDE
+
+VERSION = 1
+KIND = "PriorModel"
+_VALIDATION_IMAGES = 256
+
+
+def train_prior(pipeline: Pipeline, config: PipelineConfig, tokens: TokenShards) -> Artifact:
+    """The prior of token shards, conditional where they have labels. Facts: its bits on the validation split."""
+    schedule = resolve_precision(config.train_prior, use_gpu=config.resources.use_gpu)
+    recipe = {"model": recipe_of(config.prior), "train": recipe_of(schedule)}
+    settings = {
+        "tokens": tokens.artifact.folder.uri,
+        "model": dataclasses.asdict(config.prior),
+        "train": dataclasses.asdict(schedule),
+        "steps": schedule.steps,
+    }
+    return pipeline.make(
+        "train_prior",
+        version=VERSION,
+        kind=KIND,
+        recipe=recipe,
+        inputs={"tokens": tokens.artifact},
+        build=lambda space, run: _build(pipeline, settings, space, run),
+    )
+
+
+def _build(pipeline: Pipeline, settings: dict[str, Any], space: Workspace, run: StageRun) -> Made:
+    settings = {**settings, "out": space.folder.uri, "identity": space.work}
+    value = ray_train.fit(pipeline, _loop, settings, name="train_prior", work=space.work, folder=space.folder, run=run)
+    facts = {**value["facts"], "device": ray_train.describe(pipeline.resources)}
+    return Made([FileEntry(**entry) for entry in value["files"]], facts, value["work_seconds"])
+
+
+def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
+    """Runs on each rank, with or without Ray."""
+    shards = TokenShards.open(Folder(settings["tokens"]))
+    schedule = TrainConfig(**settings["train"])
+    files = [(path, shards.artifact.files[path].rows) for path in shards.shards("train")]
+    stream: Stream[TokenItem] = Stream(
+        files,
+        lambda path: token_items(shards.read(path)),
+        schedule,
+        rank=worker.rank,
+        world_size=worker.world_size,
+    )
+    num_classes = len(shards.label_map or {})
+    torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
+    model = PixelCNN(config_from_json(PixelCNNConfig, settings["model"]), shards.shape, num_classes)
+    task = PriorTraining(
+        model, precision=schedule.precision, worker=worker, validation=read_tokens(shards, _VALIDATION_IMAGES)
+    )
+    history = train(task, stream, collate_tokens, schedule, worker, settings["identity"], resume)
+    if worker.rank != 0:
+        return {}
+    facts = _figures(model.eval(), shards, schedule, worker)
+    description = {
+        "model": settings["model"],
+        "shape": dataclasses.asdict(shards.shape),
+        "num_classes": num_classes,
+    }
+    out = {
+        "model.safetensors": save_model(model),
+        "config.json": json.dumps(description, indent=1).encode(),
+        "history.json": json.dumps(history).encode(),
+    }
+    return {"files": write_files(Folder(settings["out"]), out), "facts": facts}
+
+
+def read_tokens(shards: TokenShards, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, int64 (N, H, W), and labels (N,) of the first images of the validation split."""
+    items: list[TokenItem] = []
+    for path in shards.shards("validation"):
+        items += token_items(shards.read(path))
+    if not items:
+        raise InputError(f"expected a validation split in {shards.artifact.folder.uri}, found no row")
+    return collate_tokens(items[:limit])
+
+
+def _figures(model: PixelCNN, shards: TokenShards, schedule: TrainConfig, worker: Worker) -> dict[str, Any]:
+    tokens, labels = read_tokens(shards)
+    shape = shards.shape
+    bits = bits_per_token(model, tokens, labels, schedule.precision, worker.device)
+    unigram = unigram_bits_per_token(tokens, shape.num_codes)
+    tokens_per_dim = shape.num_tokens / (3 * (shape.height * STRIDE) * (shape.width * STRIDE))
+    return {
+        "validation_images": len(tokens),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "precision": schedule.precision,
+        "bits_per_token": bits,
+        "unigram_bits_per_token": unigram,
+        "gain_bits_per_token": unigram - bits,
+        "latent_bits_per_dim": bits * tokens_per_dim,
+        "latent_bits_per_dim_uniform": math.log2(shape.num_codes) * tokens_per_dim,
+    }
+
+
+def load_prior(artifact: Artifact) -> PixelCNN:
+    """The model of a PriorModel artifact, in eval mode."""
+    description = json.loads(artifact.read("config.json"))
+    model = PixelCNN(
+        config_from_json(PixelCNNConfig, description["model"]),
+        TokenShape(**description["shape"]),
+        description["num_classes"],
+    )
+    load_model(model, artifact.read("model.safetensors"))
+    return model.eval()

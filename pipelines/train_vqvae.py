@@ -1,0 +1,161 @@
+"""The train_vqvae stage: image shards to a VQ-VAE, by Ray Train."""
+
+import dataclasses
+import io
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pipelines import ray_train
+from pipelines.config import PipelineConfig, recipe_of
+from pipelines.stage import Made, Pipeline, Workspace
+from pipelines.tracking import StageRun
+from vqvae_core.artifacts import Artifact, FileEntry
+from vqvae_core.checkpoint import TrainingState, config_from_json, load_model, save_model
+from vqvae_core.errors import InputError
+from vqvae_core.image_shards import ImageShards, Sample
+from vqvae_core.images import grid
+from vqvae_core.storage import Folder
+from vqvae_core.stream import Stream, mix
+from vqvae_core.train import TrainConfig, Worker, best_precision, train
+from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
+from vqvae_core.vqvae_training import VQVAETraining, collate_pixels, evaluate, reconstruct, shrunken_psnr_db
+
+VERSION = 1
+KIND = "VQVAEModel"
+RECONSTRUCTIONS = "reconstructions.png"
+_VALIDATION_IMAGES = 256  # for the curves; the final figures are over the whole split
+_PICTURES = 16
+_BITS_PER_RGB_PIXEL = 24
+
+
+def train_vqvae(pipeline: Pipeline, config: PipelineConfig, images: ImageShards) -> Artifact:
+    """The VQ-VAE of image shards. Facts: K, D, image_size, precision, and its figures on the validation split."""
+    schedule = resolve_precision(config.train, use_gpu=config.resources.use_gpu)
+    recipe = {"model": recipe_of(config.vqvae), "train": recipe_of(schedule)}
+    settings = {
+        "images": images.artifact.folder.uri,
+        "model": dataclasses.asdict(config.vqvae),
+        "train": dataclasses.asdict(schedule),
+        "steps": schedule.steps,
+    }
+    return pipeline.make(
+        "train_vqvae",
+        version=VERSION,
+        kind=KIND,
+        recipe=recipe,
+        inputs={"images": images.artifact},
+        build=lambda space, run: _build(pipeline, settings, space, run),
+    )
+
+
+def resolve_precision(config: TrainConfig, *, use_gpu: bool) -> TrainConfig:
+    """`auto` as what it means on this machine: precision belongs to the recipe."""
+    if config.precision != "auto":
+        return config
+    return dataclasses.replace(config, precision=best_precision("cuda" if use_gpu else "cpu"))
+
+
+def _build(pipeline: Pipeline, settings: dict[str, Any], space: Workspace, run: StageRun) -> Made:
+    settings = {**settings, "out": space.folder.uri, "identity": space.work}
+    value = ray_train.fit(pipeline, _loop, settings, name="train_vqvae", work=space.work, folder=space.folder, run=run)
+    facts = {**value["facts"], "device": ray_train.describe(pipeline.resources)}
+    return Made([FileEntry(**entry) for entry in value["files"]], facts, value["work_seconds"])
+
+
+def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
+    """Runs on each rank, with or without Ray. Rank 0 writes the model's files and returns them with their facts."""
+    images = ImageShards.open(Folder(settings["images"]))
+    config = config_from_json(VQVAEConfig, settings["model"])
+    schedule = TrainConfig(**settings["train"])
+    files = [(path, images.artifact.files[path].rows) for path in images.shards("train")]
+    stream: Stream[Sample] = Stream(files, images.read, schedule, rank=worker.rank, world_size=worker.world_size)
+    torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))  # the same initial weights on every rank
+    model = VQVAE(config)
+    validation = read_pixels(images, "validation", _VALIDATION_IMAGES)
+    task = VQVAETraining(
+        model,
+        steps=schedule.steps,
+        seed=schedule.seed,
+        precision=schedule.precision,
+        worker=worker,
+        validation=validation,
+    )
+    history = train(task, stream, collate_pixels, schedule, worker, settings["identity"], resume)
+    return _finish(settings, model, images, schedule, history, worker) if worker.rank == 0 else {}
+
+
+def read_pixels(images: ImageShards, split: str, limit: int | None = None) -> torch.Tensor:
+    """Pixels, uint8 (N, H, W, 3), of the first images of a split. Raises `InputError` where the split is empty."""
+    samples: list[Sample] = []
+    for path in images.shards(split):
+        samples += images.read(path)
+        if limit is not None and len(samples) >= limit:
+            break
+    if not samples:
+        raise InputError(
+            f"expected a {split} split in {images.artifact.folder.uri}, found no image; give the source one"
+        )
+    return collate_pixels(samples[:limit])
+
+
+def _finish(
+    settings: dict[str, Any],
+    model: VQVAE,
+    images: ImageShards,
+    schedule: TrainConfig,
+    history: list[dict[str, float]],
+    worker: Worker,
+) -> dict[str, Any]:
+    model.eval()
+    pixels = read_pixels(images, "validation")
+    figures = evaluate(model, pixels, schedule.precision, worker.device)
+    sites = images.size // STRIDE
+    num_codes = model.config.quantizer.num_codes
+    same_bits_side = max(1, round((sites * sites * np.log2(num_codes) / _BITS_PER_RGB_PIXEL) ** 0.5))
+    chosen = torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()
+    pictures, _ = reconstruct(model, pixels[chosen], schedule.precision, worker.device)
+    sheet = grid(torch.cat([pixels[chosen], pictures]).numpy(), len(chosen))
+    facts = {
+        "K": num_codes,
+        "D": model.config.quantizer.code_dim,
+        "image_size": images.size,
+        "precision": schedule.precision,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "validation_images": len(pixels),
+        **figures,
+        "shrunken_side": sites,
+        "shrunken_psnr_db": shrunken_psnr_db(pixels, sites),
+        "same_bits_side": same_bits_side,
+        "same_bits_psnr_db": shrunken_psnr_db(pixels, same_bits_side),
+    }
+    files = {
+        "model.safetensors": save_model(model),
+        "config.json": json.dumps(settings["model"], indent=1).encode(),
+        "history.json": json.dumps(history).encode(),
+        RECONSTRUCTIONS: png(sheet),
+    }
+    return {"files": write_files(Folder(settings["out"]), files), "facts": facts}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def write_files(folder: Folder, files: dict[str, bytes]) -> list[dict[str, Any]]:
+    """Write files and return their entries as JSON values."""
+    for name, data in files.items():
+        folder.write(name, data)
+    return [dataclasses.asdict(FileEntry.of(name, data)) for name, data in files.items()]
+
+
+def load_vqvae(artifact: Artifact) -> VQVAE:
+    """The model of a VQVAEModel artifact, in eval mode."""
+    model = VQVAE(config_from_json(VQVAEConfig, json.loads(artifact.read("config.json"))))
+    load_model(model, artifact.read("model.safetensors"))
+    return model.eval()

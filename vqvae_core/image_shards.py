@@ -1,0 +1,122 @@
+"""Image shards: WebDataset tars that are a pure function of their samples, and a reader that runs no member's code.
+
+A sample is `<key>.png|webp|jpg` and `<key>.json`, next to each other. Any WebDataset reader can read them.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vqvae_core.artifacts import Artifact, ArtifactError, canonical_json
+from vqvae_core.images import IMAGE_FORMATS, decode
+from vqvae_core.storage import Folder
+
+KIND = "ImageShards"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image in a shard: encoded bytes, and its facts (label, source, level, episode...) as JSON values."""
+
+    key: str
+    image_format: str
+    data: bytes
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> int | None:
+        return self.facts.get("label")
+
+    def pixels(self) -> np.ndarray:
+        """uint8 (H, W, 3)."""
+        return decode(self.data)
+
+
+def write_tar(samples: Iterable[Sample]) -> bytes:
+    """A finished tar. Same samples, same bytes: fixed time, owner and mode."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in samples:
+            _add(tar, f"{sample.key}.{sample.image_format}", sample.data)
+            _add(tar, f"{sample.key}.json", canonical_json(sample.facts).encode())
+    return buffer.getvalue()
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mtime, member.mode = len(data), 0, 0o644
+    member.uname = member.gname = "root"
+    tar.addfile(member, io.BytesIO(data))
+
+
+def read_tar(data: bytes, where: str) -> Iterator[Sample]:
+    """The samples of a shard, in order. Raises `ArtifactError` where the tar is none of ours."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            picture: tuple[str, str, bytes] | None = None
+            for member in tar:
+                key, _, extension = member.name.rpartition(".")
+                content = _content(tar, member)
+                if extension in IMAGE_FORMATS and picture is None:
+                    picture = (key, extension, content)
+                elif extension == "json" and picture is not None and picture[0] == key:
+                    yield Sample(key=key, image_format=picture[1], data=picture[2], facts=json.loads(content))
+                    picture = None
+                else:
+                    raise ArtifactError(
+                        f"expected pairs of an image and a .json in {where}, found {member.name!r}; "
+                        "is it a shard of this project?"
+                    )
+            if picture is not None:
+                raise ArtifactError(f"expected {picture[0]}.json at the end of {where}, the tar ends before it")
+    except tarfile.TarError as error:
+        raise ArtifactError(f"expected a complete tar at {where}, found: {error}") from error
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member) if member.isfile() else None
+    if file is None:
+        raise ArtifactError(f"expected plain files in the tar, found {member.name!r} of another type")
+    return file.read()
+
+
+@dataclass(frozen=True)
+class ImageShards:
+    """The artifact of the shard stage. Facts: size, splits {split: {shards, images}}, label_map, rejects."""
+
+    artifact: Artifact
+
+    @classmethod
+    def open(cls, folder: Folder) -> "ImageShards":
+        return cls(Artifact.open(folder, KIND))
+
+    @property
+    def size(self) -> int:
+        """Height and width of every image, in pixels."""
+        return self.artifact.facts["size"]
+
+    @property
+    def label_map(self) -> dict[str, int] | None:
+        return self.artifact.facts["label_map"]
+
+    def shards(self, split: str) -> list[str]:
+        """The files of a split, in order."""
+        return sorted(path for path in self.artifact.files if path.startswith(f"{split}-") and path.endswith(".tar"))
+
+    def num_images(self, split: str) -> int:
+        return sum(self.artifact.files[path].rows for path in self.shards(split))
+
+    def read(self, path: str) -> list[Sample]:
+        """The samples of one shard, checked against the manifest's hash and count."""
+        samples = list(read_tar(self.artifact.read(path), self.artifact.folder.path(path)))
+        expected = self.artifact.files[path].rows
+        if len(samples) != expected:
+            raise ArtifactError(
+                f"expected {expected} samples in {path} of {self.artifact.folder.uri}, found {len(samples)}"
+            )
+        return samples

@@ -1,0 +1,15 @@
+"""log p(x | z): what the decoder's output says about pixels, in nats.
+
+A Gaussian of fixed width is a density: its value is a training loss, never bits/dim.
+"""
+
+import math
+
+from torch import Tensor
+
+
+def gaussian_nll_nats(mean: Tensor, images: Tensor, sigma: float) -> Tensor:
+    """-log N(images; mean, sigma^2) of each image (B,), summed over pixels and channels; both (B, 3, H, W)."""
+    error = (images - mean.float()).square().flatten(1).sum(dim=1)
+    num_values = images[0].numel()
+    return error / (2 * sigma**2) + num_values * (math.log(sigma) + 0.5 * math.log(2 * math.pi))

@@ -1,0 +1,45 @@
+"""Measures with one definition each: PSNR pooled over pixels, perplexity and usage of codes, entropy of tokens."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PooledPSNR:
+    """PSNR from the mean squared error over every pixel value of every image (not the mean of PSNRs), peak 255."""
+
+    def __init__(self) -> None:
+        self.squared_error = 0.0
+        self.num_values = 0
+
+    def add(self, pixels: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> None:
+        """Two uint8 arrays of one shape."""
+        difference = torch.as_tensor(pixels).to(torch.float64) - torch.as_tensor(reference).to(torch.float64)
+        self.squared_error += float(difference.square().sum())
+        self.num_values += difference.numel()
+
+    @property
+    def decibels(self) -> float:
+        """inf for a perfect copy; raises ZeroDivisionError before the first image."""
+        mean = self.squared_error / self.num_values
+        return math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
+
+
+def entropy_bits(counts: Tensor | np.ndarray) -> float:
+    """Entropy of the empirical distribution of counts (K,), in bits."""
+    counts = torch.as_tensor(counts).to(torch.float64)
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * share.log2()).sum())
+
+
+def perplexity(counts: Tensor | np.ndarray) -> float:
+    """2 to the entropy: the number of codes that are used, if they were used equally. Over a data set, not a batch."""
+    return 2.0 ** entropy_bits(counts)
+
+
+def usage(counts: Tensor | np.ndarray) -> float:
+    """Share of the codes that occur at all."""
+    counts = torch.as_tensor(counts)
+    return float((counts > 0).to(torch.float64).mean())

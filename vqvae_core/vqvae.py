@@ -1,0 +1,147 @@
+"""The VQ-VAE of arXiv:1711.00937: two strided convolutions and two residual blocks on each side of a table of codes."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vqvae_core.images import images_to_pixels, pixels_to_images
+from vqvae_core.likelihood import gaussian_nll_nats
+from vqvae_core.quantizer import Quantized, QuantizerConfig, VectorQuantizer
+
+STRIDE = 4  # two convolutions of stride 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAEConfig:
+    """Encoder, decoder and table. Defaults are the paper's."""
+
+    hidden_channels: int = 256
+    """Channels at 1/4 of the resolution."""
+    stem_channels: int | None = None
+    """Channels at 1/2 of the resolution; None: as many as hidden_channels."""
+    residual_channels: int = 256
+    """Channels of the 3x3 convolution inside a residual block."""
+    num_residual_blocks: int = 2
+    """Residual blocks on each side."""
+    commitment_cost: float = 0.25
+    """beta of eq. 3, for a commitment that is a sum over D and a mean over the latents."""
+    sigma: float = 1.0
+    """Width of the Gaussian likelihood, for images in [-1, 1]; the log-likelihood is a sum over pixels."""
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+    """The table of codes."""
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_channels", "residual_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
+        if self.stem_channels is not None and self.stem_channels < 1:
+            raise ValueError(f"stem_channels must be at least 1, was {self.stem_channels}")
+        if self.num_residual_blocks < 0:
+            raise ValueError(f"num_residual_blocks must be 0 or more, was {self.num_residual_blocks}")
+        if self.commitment_cost < 0:
+            raise ValueError(f"commitment_cost must be 0 or more, was {self.commitment_cost}")
+        if self.sigma <= 0:
+            raise ValueError(f"sigma must be above 0, was {self.sigma}")
+
+
+class ResidualBlock(nn.Module):
+    """ReLU, 3x3 convolution, ReLU, 1x1 convolution, added to the input."""
+
+    def __init__(self, channels: int, inner_channels: int) -> None:
+        super().__init__()
+        self.conv3 = nn.Conv2d(channels, inner_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(inner_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv1(F.relu(self.conv3(F.relu(x))))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) to latents z_e (B, D, H/4, W/4)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        stem = config.stem_channels or hidden
+        self.conv_in = nn.Conv2d(3, stem, 4, stride=2, padding=1)
+        self.conv_down = nn.Conv2d(stem, hidden, 4, stride=2, padding=1)
+        self.blocks = nn.Sequential(*_blocks(config))
+        self.project = nn.Conv2d(hidden, config.quantizer.code_dim, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_down(F.relu(self.conv_in(images)))
+        return self.project(F.relu(self.blocks(x)))
+
+
+class Decoder(nn.Module):
+    """Codes z_q (B, D, H/4, W/4) to the mean of images (B, 3, H, W)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        hidden = config.hidden_channels
+        stem = config.stem_channels or hidden
+        self.expand = nn.Conv2d(config.quantizer.code_dim, hidden, 3, padding=1)
+        self.blocks = nn.Sequential(*_blocks(config))
+        self.conv_up = nn.ConvTranspose2d(hidden, stem, 4, stride=2, padding=1)
+        self.conv_out = nn.ConvTranspose2d(stem, 3, 4, stride=2, padding=1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.blocks(self.expand(codes))
+        return self.conv_out(F.relu(self.conv_up(F.relu(x))))
+
+
+def _blocks(config: VQVAEConfig) -> list[ResidualBlock]:
+    return [ResidualBlock(config.hidden_channels, config.residual_channels) for _ in range(config.num_residual_blocks)]
+
+
+@dataclass(frozen=True)
+class VQVAEOutput:
+    """mean: (B, 3, H, W); latents: z_e; quantized: codes, tokens and their two losses; the loss and its parts in nats
+    an image."""
+
+    mean: Tensor
+    latents: Tensor
+    quantized: Quantized
+    nll_nats: Tensor
+    loss_nats: Tensor
+
+
+class VQVAE(nn.Module):
+    """Encoder, table and decoder. Knows no device, rank or framework."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantizer = VectorQuantizer(config.quantizer)
+        self.decoder = Decoder(config)
+
+    def forward(self, images: Tensor) -> VQVAEOutput:
+        """The loss of eq. 3. Scale: -log p(x|z) summed over pixels + the table's and beta times the commitment's
+        squared distance, each summed over D and averaged over the latents; then the mean over images.
+
+        The second term moves the table only and the third the encoder only. With moving averages the second is not
+        part of the loss.
+        """
+        latents = self.encoder(images)
+        quantized = self.quantizer(latents)
+        mean = self.decoder(quantized.codes)
+        nll = gaussian_nll_nats(mean, images, self.config.sigma).mean()
+        loss = nll + self.config.commitment_cost * quantized.commitment
+        if self.config.quantizer.learn_by == "loss":
+            loss = loss + quantized.table_loss
+        return VQVAEOutput(mean, latents, quantized, nll, loss)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Tokens (B, H/4, W/4) of pixels, uint8 (B, H, W, 3)."""
+        return self.quantizer(self.encoder(_channels_last(pixels_to_images(pixels)))).tokens
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Pixels, uint8 (B, H, W, 3), of tokens (B, H/4, W/4)."""
+        return images_to_pixels(self.decoder(self.quantizer.lookup(tokens)))
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
