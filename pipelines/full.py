@@ -69,8 +69,8 @@ def _summary(pipeline: Pipeline, tracker: Tracker, seconds: float) -> None:
     )
     print(f"codes: perplexity {model['perplexity']:.0f} of {model['K']}, {100 * model['usage']:.1f} % in use")
     print(
-        f"prior: {prior['bits_per_token']:.3f} bits/token, {prior['gain_bits_per_token']:.2f} below the tokens' unigram "
-        f"entropy"
+        f"prior: {prior['bits_per_token']:.3f} bits/token, "
+        f"{prior['gain_bits_per_token']:.2f} below the tokens' unigram entropy"
     )
     share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
     print(f"done in {seconds:.1f} s{share}")

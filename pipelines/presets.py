@@ -12,7 +12,7 @@ _PAPER_RESOURCES = Resources(checkpoint_every=2000)
 
 DOOM84 = PipelineConfig(
     data=ViZDoomSource(train_episodes_per_map=12),
-    shard=ShardConfig(image_size=84),
+    shard=ShardConfig(image_size=84, image_format="webp"),
     vqvae=VQVAEConfig(
         hidden_channels=128,
         stem_channels=64,
@@ -32,16 +32,16 @@ DOOM84 = PipelineConfig(
         schedule="cosine",
         validate_every=500,
     ),
-    prior=PixelCNNConfig(channels=64, num_layers=8, first_kernel_size=5, head_channels=128),
+    prior=PixelCNNConfig(channels=96, num_layers=8, first_kernel_size=7, head_channels=128),
     train_prior=TrainConfig(
-        steps=1600,
+        steps=2000,
         batch_size=8,
         num_lanes=4,
         learning_rate=3e-3,
         beta2=0.99,
         warmup_steps=50,
         schedule="cosine",
-        validate_every=400,
+        validate_every=500,
     ),
     sample=SampleConfig(num_images=16, batch_size=8),
 )

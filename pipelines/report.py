@@ -17,7 +17,8 @@ from vqvae_core.token_shards import TokenShards
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 1120px; margin: 2.5rem auto; padding: 0 1.5rem; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 1120px; margin: 2.5rem auto; }
+body { padding: 0 1.5rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.4rem; }
 p.lead, td small, figcaption { color: #5b6577; }
 table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
@@ -84,8 +85,8 @@ def _numbers(stages: Mapping[str, Artifact]) -> str:
         (
             "over shrinking",
             f"{model['psnr_db'] - model['shrunken_psnr_db']:+.2f} dB",
-            f"against the same images shrunk to {model['shrunken_side']} x {model['shrunken_side']} pixels and enlarged, "
-            "bicubic",
+            f"against the same images shrunk to {model['shrunken_side']} x {model['shrunken_side']} pixels and "
+            "enlarged, bicubic",
         ),
         (
             "over equal bits",

@@ -262,7 +262,8 @@ def encode_shards(
     """
     if not jobs:
         return
-    ray = session.connect()
+    session.connect()
+    import ray
     import ray.data
     from ray.exceptions import RayError
 

@@ -1,6 +1,6 @@
 """MLflow: one parent run per pipeline, a child per stage. The only file that knows it.
 
-The driver owns all runs and logs for all workers, in batches. Tracking that fails never stops the work: it says so once.
+The driver owns all runs and logs for all workers, in batches. Tracking that fails never stops the work and says so.
 """
 
 import math

@@ -15,6 +15,7 @@ from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
 STATE_VERSION = 1
+History = list[dict[str, int | float]]  # the curves: "step" and the metrics of each logged step
 _STATE, _INDEX = "state.safetensors", "state.json"
 
 
@@ -32,7 +33,7 @@ class TrainingState:
     step: int
     identity: str
     tensors: dict[str, Tensor]
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: History = field(default_factory=list)
 
 
 def save_state(folder: Path, state: TrainingState) -> None:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from vqvae_core.errors import InputError
+from vqvae_core.shapes import Float, UInt8
 
 ImageFormat = Literal["png", "webp", "jpg"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "webp", "jpg")
@@ -54,20 +55,20 @@ def encode(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
     buffer = io.BytesIO()
     picture = Image.fromarray(pixels)
     if image_format == "png":
-        picture.save(buffer, "PNG", compress_level=6)
+        picture.save(buffer, "PNG", compress_level=3)
     elif image_format == "webp":
-        picture.save(buffer, "WEBP", lossless=True, quality=50, method=2, exact=True)
+        picture.save(buffer, "WEBP", lossless=True, quality=50, method=0, exact=True)
     else:
         picture.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
-def pixels_to_images(pixels: Tensor) -> Tensor:
+def pixels_to_images(pixels: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b 3 h w"]:
     """uint8 (..., H, W, 3) to float32 (..., 3, H, W) in [-1, 1]."""
     return pixels.movedim(-1, -3).to(torch.float32).div(127.5).sub(1.0)
 
 
-def images_to_pixels(images: Tensor) -> Tensor:
+def images_to_pixels(images: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b h w 3"]:
     """float (..., 3, H, W) in [-1, 1], clamped and rounded, to uint8 (..., H, W, 3)."""
     return images.to(torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae_core.errors import InputError
+from vqvae_core.shapes import Float, Int
 from vqvae_core.token_shards import TokenShape
 
 
@@ -126,7 +127,7 @@ class PixelCNN(nn.Module):
             nn.Conv2d(config.head_channels, shape.num_codes, 1),
         )
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Int[Tensor, "b h w"], labels: Int[Tensor, "b"] | None = None) -> Float[Tensor, "b k h w"]:
         """Logits (B, K, H, W) for tokens (B, H, W): those of a site depend on earlier sites only.
 
         labels: (B,), needed where the prior has classes. Raises ValueError where they are missing.
@@ -144,6 +145,6 @@ class PixelCNN(nn.Module):
             total = skip if total is None else total + skip
         return self.head(total)
 
-    def nll_nats(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+    def nll_nats(self, tokens: Int[Tensor, "b h w"], labels: Int[Tensor, "b"] | None = None) -> Float[Tensor, "b h w"]:
         """-log p(tokens | label) of each site, (B, H, W)."""
         return F.cross_entropy(self(tokens, labels).float(), tokens.long(), reduction="none")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae_core.errors import InputError
+from vqvae_core.shapes import Float, Int
 
 _CHUNK_ELEMENTS = 1 << 23  # 32 MiB of fp32 distances at a time
 _LAPLACE = 1e-5
@@ -59,7 +60,7 @@ class Quantized:
     commitment: Tensor
 
 
-def nearest_codes(latents: Tensor, table: Tensor) -> Tensor:
+def nearest_codes(latents: Float[Tensor, "n d"], table: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
     """Index (N,) of the nearest code (K, D), Euclidean, for each row of latents (N, D): eq. 1.
 
     |z|^2 is the same for every code and left out. Ties go to the lowest index.
@@ -73,7 +74,7 @@ def nearest_codes(latents: Tensor, table: Tensor) -> Tensor:
     return tokens
 
 
-def kmeans_plus_plus(points: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
+def kmeans_plus_plus(points: Float[Tensor, "n d"], num_codes: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
     """Codes (K, D) drawn from points (N, D), each with probability proportional to its squared distance to the
     nearest code so far (Arthur and Vassilvitskii 2007). Where points run out of distinct places, any point is taken."""
     uniform = torch.rand(num_codes, dtype=torch.float64, generator=generator).to(points.device)
@@ -104,10 +105,10 @@ class VectorQuantizer(nn.Module):
         self.hits = nn.Buffer(torch.zeros(config.num_codes))  # since the last revival
         self.started = nn.Buffer(torch.tensor(config.init == "uniform"))
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
         """latents: z_e (B, D, H, W). It changes nothing: `learn` does."""
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.float()
+            latents = at_least_fp32(latents)
             rows = _rows(latents)
             tokens = nearest_codes(rows.detach(), self.table.detach())
             codes = self.table[tokens]
@@ -118,7 +119,7 @@ class VectorQuantizer(nn.Module):
             passed = latents + (codes - latents).detach()
             return Quantized(passed, tokens.view(batch, height, width), table_loss, commitment)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
         """Codes (B, D, H, W) of tokens (B, H, W). Raises `InputError` for a token that is not in the table."""
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.config.num_codes):
             raise InputError(
@@ -129,13 +130,13 @@ class VectorQuantizer(nn.Module):
 
     def statistics(self, latents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """What one rank adds to the averages: counts (K,) and sums (K, D) of the latents that chose each code."""
-        rows = _rows(latents.detach().float())
+        rows = _rows(at_least_fp32(latents.detach()))
         flat = tokens.reshape(-1)
         counts = torch.bincount(flat, minlength=self.config.num_codes).to(rows.dtype)
         return counts, torch.zeros_like(self.table).index_add_(0, flat, rows)
 
     @torch.no_grad()
-    def learn(self, counts: Tensor, sums: Tensor) -> None:
+    def learn(self, counts: Float[Tensor, "k"], sums: Float[Tensor, "k d"]) -> None:
         """One step of the table from statistics that are already summed over all ranks. In eval it does nothing.
 
         Moving averages: eq. 6 to 8 of appendix A.1. The smoothed counts are a copy; what is stored is never smoothed.
@@ -152,20 +153,22 @@ class VectorQuantizer(nn.Module):
         self.table.copy_(self.sums / smooth[:, None])
 
     @torch.no_grad()
-    def place(self, codes: Tensor, vectors: Tensor) -> None:
+    def place(self, codes: Int[Tensor, "m"], vectors: Float[Tensor, "m d"]) -> None:
         """Put the codes with these indices (M,) at vectors (M, D), statistics included."""
         self.table[codes] = vectors
         self.sums[codes] = vectors
         self.counts[codes] = 1.0
 
     @torch.no_grad()
-    def revive(self, candidates: Tensor) -> Tensor:
-        """Put each code that nothing chose since the last revival at one of the candidates (K, D), by its own index.
+    def revive(self, candidates: Float[Tensor, "n d"]) -> Int[Tensor, "m"]:
+        """Put codes that nothing chose since the last revival at candidates (N, D), each at another one.
 
-        Returns the indices of the revived codes; their optimizer state is the caller's to reset.
+        Two codes at one place would tie, and rounding would decide between them. Where candidates run out, the rest
+        waits for the next revival. Returns the indices of the revived codes; their optimizer state is the caller's to
+        reset.
         """
-        dead = (self.hits == 0).nonzero()[:, 0]
-        self.place(dead, candidates[dead])
+        dead = (self.hits == 0).nonzero()[: len(candidates), 0]
+        self.place(dead, candidates[: len(dead)])
         self.hits.zero_()
         return dead
 
@@ -179,6 +182,11 @@ class VectorQuantizer(nn.Module):
             vectors = points[order.repeat(-(-self.config.num_codes // len(order)))[: self.config.num_codes]]
         self.place(torch.arange(self.config.num_codes, device=points.device), vectors)
         self.started.fill_(True)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """fp32 of a half-precision tensor, any other as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _rows(latents: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Folder:
         """Bytes of a file, or None where there is no such file."""
         if self.is_local:
             try:
-                return os.stat(self.path(name)).st_size
+                return Path(self.path(name)).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
                 return None
         system, path = self._s3(name)
@@ -101,11 +101,11 @@ class Folder:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
+            with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise _explain(error, path.parent, len(data)) from error

@@ -157,9 +157,10 @@ class Stream(Generic[Item]):
         def put(value: tuple[Any, BaseException | None]) -> None:
             while not stopped.is_set():
                 try:
-                    return ready.put(value, timeout=0.2)
+                    ready.put(value, timeout=0.2)
                 except queue.Full:
                     continue
+                return
 
         def work() -> None:
             try:

@@ -5,12 +5,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from vqvae_core.checkpoint import TrainingState, collect_tensors, restore_tensors, save_state
+from vqvae_core.checkpoint import History, TrainingState, collect_tensors, restore_tensors, save_state
+from vqvae_core.quantizer import at_least_fp32
 from vqvae_core.stream import Stream, StreamConfig, mix
 
 Precision = Literal["fp32", "bf16"]
@@ -87,6 +88,7 @@ class StepOutput:
     statistics: list[Tensor]
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """A model with its loss, as the loop sees it."""
 
@@ -143,7 +145,7 @@ def train(
     worker: Worker,
     identity: str,
     resume: TrainingState | None = None,
-) -> list[dict[str, float]]:
+) -> History:
     """Train to `config.steps` and return the curves: one dict for each logged step, the same after any restart.
 
     Random numbers are a function of (seed, step, rank), the order of samples of (seed, step): a state needs neither.
@@ -198,7 +200,7 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
     output.loss.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    metrics = {name: value.detach().float() for name, value in output.metrics.items()}
+    metrics = {name: at_least_fp32(value.detach()) for name, value in output.metrics.items()}
     statistics = output.statistics
     if worker.world_size > 1:
         gradients = [_gradient(parameter) for parameter in parameters]
@@ -230,10 +232,10 @@ def _split(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 
 def _check_finite(window: list[dict[str, Tensor]], done: int) -> None:
-    for number, point in enumerate(window):
+    for step, point in enumerate(window, done - len(window) + 1):
         for name, value in point.items():
             if not torch.isfinite(value):
                 raise NonFiniteLossError(
-                    f"expected finite numbers, found {name} = {float(value)} in step {done - len(window) + number + 1}; "
+                    f"expected finite numbers, found {name} = {float(value)} in step {step}; "
                     "lower the learning rate or run in fp32; the last checkpoint is kept"
                 )

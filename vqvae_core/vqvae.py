@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from vqvae_core.images import images_to_pixels, pixels_to_images
 from vqvae_core.likelihood import gaussian_nll_nats
 from vqvae_core.quantizer import Quantized, QuantizerConfig, VectorQuantizer
+from vqvae_core.shapes import Float, Int, UInt8
 
 STRIDE = 4  # two convolutions of stride 2
 
@@ -118,7 +119,7 @@ class VQVAE(nn.Module):
         self.quantizer = VectorQuantizer(config.quantizer)
         self.decoder = Decoder(config)
 
-    def forward(self, images: Tensor) -> VQVAEOutput:
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> VQVAEOutput:
         """The loss of eq. 3. Scale: -log p(x|z) summed over pixels + the table's and beta times the commitment's
         squared distance, each summed over D and averaged over the latents; then the mean over images.
 
@@ -134,11 +135,11 @@ class VQVAE(nn.Module):
             loss = loss + quantized.table_loss
         return VQVAEOutput(mean, latents, quantized, nll, loss)
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b h4 w4"]:
         """Tokens (B, H/4, W/4) of pixels, uint8 (B, H, W, 3)."""
-        return self.quantizer(self.encoder(_channels_last(pixels_to_images(pixels)))).tokens
+        return self.quantizer(self.encoder(_channels_last(pixels_to_images(pixels).to(self.quantizer.table.dtype)))).tokens
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Int[Tensor, "b h4 w4"]) -> UInt8[Tensor, "b h w 3"]:
         """Pixels, uint8 (B, H, W, 3), of tokens (B, H/4, W/4)."""
         return images_to_pixels(self.decoder(self.quantizer.lookup(tokens)))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from vqvae_core.image_shards import Sample
 from vqvae_core.images import images_to_pixels, pixels_to_images
 from vqvae_core.metrics import PooledPSNR, perplexity, usage
+from vqvae_core.quantizer import at_least_fp32
 from vqvae_core.stream import mix
 from vqvae_core.train import Precision, StepOutput, Worker
 from vqvae_core.vqvae import VQVAE
@@ -37,7 +38,7 @@ class VQVAETraining:
         return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16")
 
     def _images(self, pixels: Tensor) -> Tensor:
-        images = pixels_to_images(pixels.to(self._worker.device))
+        images = pixels_to_images(pixels.to(self._worker.device)).to(self.model.quantizer.table.dtype)
         return images.contiguous(memory_format=torch.channels_last)
 
     def before_training(self, batch: Tensor, worker: Worker) -> None:
@@ -45,18 +46,18 @@ class VQVAETraining:
         if bool(self.model.quantizer.started):
             return
         with torch.no_grad(), self._autocast():
-            latents = self.model.encoder(self._images(batch)).float()
+            latents = at_least_fp32(self.model.encoder(self._images(batch)))
         count = _START_POINTS_PER_CODE * self.model.config.quantizer.num_codes
         points = self._drawn(latents, count, mix(self._seed, 1))
         worker.all_reduce(points)
         self.model.quantizer.start(points, torch.Generator().manual_seed(self._seed))
 
     def _drawn(self, latents: Tensor, count: int, seed: int) -> Tensor:
-        """`count` latents (count, D) of the global batch, drawn by the seed: each stands in the result of the rank that
+        """Up to `count` different latents (M, D) of the global batch, drawn by the seed: each stands in the result of the rank that
         has it and is zero in the others, so that the sum over ranks is the same for any number of ranks."""
         rows = latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
         total = len(rows) * self._worker.world_size
-        chosen = torch.randint(total, (count,), generator=torch.Generator().manual_seed(seed & (2**63 - 1)))
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed & (2**63 - 1)))[:count]
         local = chosen.to(rows.device) - len(rows) * self._worker.rank
         mine = (local >= 0) & (local < len(rows))
         return rows[local.clamp(0, len(rows) - 1)] * mine[:, None]
@@ -74,13 +75,13 @@ class VQVAETraining:
         statistics = list(self.model.quantizer.statistics(output.latents, quantized.tokens))
         if self._revives(step):
             count = self.model.config.quantizer.num_codes
-            statistics.append(self._drawn(output.latents.float(), count, mix(self._seed, 2, step)))
-        squared_error = (output.mean.detach().float() - images).square().mean()
+            statistics.append(self._drawn(at_least_fp32(output.latents), count, mix(self._seed, 2, step)))
+        squared_error = (output.mean.detach().to(images.dtype) - images).square().mean()
         metrics = {
-            "loss_nats": output.loss_nats,
-            "nll_nats": output.nll_nats,
-            "commitment": quantized.commitment,
             "mse": squared_error,
+            "commitment": quantized.commitment,
+            "nll_nats": output.nll_nats,
+            "loss_nats": output.loss_nats,
         }
         return StepOutput(output.loss_nats / images[0].numel(), metrics, statistics)
 

@@ -21,7 +21,7 @@ _MAX_IMAGE_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetSource:
-    """ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and val_synsets.txt (a synset a line, in the archive's order)."""
+    """ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and val_synsets.txt (a synset a line, in order of names)."""
 
     path: str | None = field(default=None, metadata={"hashed": False})
     """Folder with the archives, local or s3://. Never part of a fingerprint."""

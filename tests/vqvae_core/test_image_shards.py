@@ -1,0 +1,70 @@
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from vqvae_core.artifacts import ArtifactError
+from vqvae_core.image_shards import Sample, read_tar, write_tar
+from vqvae_core.images import encode
+
+
+def samples(count: int = 3) -> list[Sample]:
+    rng = np.random.default_rng(0)
+    return [
+        Sample(
+            key=f"level-{number:03d}",
+            image_format="png",
+            data=encode(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8), "png"),
+            facts={"label": number, "level": "ä"},
+        )
+        for number in range(count)
+    ]
+
+
+def test_round_trip() -> None:
+    assert list(read_tar(write_tar(samples()), "here")) == samples()
+
+
+def test_same_samples_same_bytes() -> None:
+    assert write_tar(samples()) == write_tar(samples())
+    with tarfile.open(fileobj=io.BytesIO(write_tar(samples()))) as tar:
+        assert {(member.mtime, member.uid, member.uname, member.mode) for member in tar} == {(0, 0, "root", 0o644)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_webdataset_library_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "train-000000.tar"
+    path.write_bytes(write_tar(samples()))
+    read = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == [sample.key for sample in samples()]
+    assert [sample["png"] for sample in read] == [sample.data for sample in samples()]
+    assert read[1]["json"] == b'{"label":1,"level":"\\u00e4"}'
+
+
+def test_a_cut_tar() -> None:
+    data = write_tar(samples())
+    with pytest.raises(ArtifactError, match="here"):
+        list(read_tar(data[: len(data) // 2], "here"))
+
+
+def test_a_foreign_member_is_refused_and_does_not_run() -> None:
+    buffer = io.BytesIO(write_tar(samples(1)).rstrip(b"\0"))
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        member = tarfile.TarInfo("x.pyd")
+        payload = b"cos\nsystem\n(S'exit 1'\ntR."
+        member.size = len(payload)
+        tar.addfile(member, io.BytesIO(payload))
+    with pytest.raises(ArtifactError, match=r"expected pairs of an image and a .json in here, found 'x.pyd'"):
+        list(read_tar(buffer.getvalue(), "here"))
+
+
+def test_an_image_without_its_facts() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        member = tarfile.TarInfo("x.png")
+        tar.addfile(member, io.BytesIO())
+    with pytest.raises(ArtifactError, match="expected x.json at the end of here"):
+        list(read_tar(buffer.getvalue(), "here"))
