@@ -1,5 +1,6 @@
 """Connecting to Ray, or starting it here: as late as possible, and with its resources checked before any work."""
 
+import logging
 import os
 from typing import Any
 
@@ -36,7 +37,7 @@ class Session:
                     address=os.environ.get("RAY_ADDRESS"),
                     include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
                     log_to_driver=False,
-                    logging_level="ERROR",
+                    logging_level=logging.ERROR,
                 )
                 self._owner = True
             self._ray = ray

@@ -1,8 +1,11 @@
 """The command line: presets, dotted overrides, and errors as one line."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,23 +121,30 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _overridden(config: PipelineConfig, arguments: list[str]) -> PipelineConfig:
-    marked = Annotated[PipelineConfig, tyro.conf.AvoidSubcommands]
+    if "--help" in arguments or "-h" in arguments:
+        return _tyro(config, arguments)
     try:
-        return tyro.cli(marked, default=config, args=arguments, prog="full.py", console_outputs=_wants_help(arguments))
-    except ValueError as error:  # a config's own check
-        raise InputError(str(error)) from error
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise InputError(_why(config, arguments)) from None
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+            return _tyro(config, arguments)
+    except SystemExit:
+        raise InputError(_refusal(said.getvalue()) or _misfit(config, arguments)) from None
 
 
-def _wants_help(arguments: list[str]) -> bool:
-    return "--help" in arguments or "-h" in arguments
+def _tyro(config: PipelineConfig, arguments: list[str]) -> PipelineConfig:
+    marked = Annotated[PipelineConfig, tyro.conf.AvoidSubcommands]
+    return tyro.cli(marked, default=config, args=arguments, prog="full.py")
 
 
-def _why(config: PipelineConfig, arguments: list[str]) -> str:
-    """Which argument does not fit its field: tyro's own page is many lines."""
+def _refusal(page: str) -> str | None:
+    """What a config's own check said, out of the framed page that tyro makes of it."""
+    text = " ".join(line.strip("│╭╰╮╯─ ") for line in page.splitlines())
+    found = re.search(r"Error parsing [\w.-]+: (.*?)\s*(For full helptext|$)", text)
+    reason = found.group(1) if found else ""
+    return None if not reason or "Argument helptext" in reason else reason.strip("─ ")
+
+
+def _misfit(config: PipelineConfig, arguments: list[str]) -> str:
+    """The first option whose value is not of its field's type."""
     known = _dotted(config)
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -142,19 +152,11 @@ def _why(config: PipelineConfig, arguments: list[str]) -> str:
             if not equals:
                 value = arguments[position + 1] if position + 1 < len(arguments) else ""
             try:
-                tyro.cli(
-                    Annotated[PipelineConfig, tyro.conf.AvoidSubcommands],
-                    default=config,
-                    args=[name, value] if value else [name],
-                    console_outputs=False,
-                )
-            except ValueError as error:
-                return str(error)
+                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                    _tyro(config, [name, value] if value else [name])
             except SystemExit:
-                kind = known[name.replace("_", "-")]
-                return (
-                    f"expected a value of type {kind.__name__} for {name}, found {value or 'none'}; --help explains it"
-                )
+                kind = known[name.replace("_", "-")].__name__
+                return f"expected a value of type {kind} for {name}, found {value or 'none'}; --help explains it"
     return f"expected --FIELD VALUE pairs, found {' '.join(arguments)}; --help lists all fields"
 
 

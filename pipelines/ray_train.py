@@ -88,7 +88,7 @@ def fit(
                 f"{name}: training stopped after {resources.max_failures} restarts, the last error was: {reason}; "
                 "the last checkpoint is kept, the same command goes on from it"
             ) from error
-    value = result.return_value
+    value: dict[str, Any] = result.return_value or {}
     if "error" in value:
         raise _ERRORS[value["error"]](value["message"])
     return value
@@ -119,10 +119,11 @@ class _Follower:
 
     def _drain(self) -> None:
         import ray
+        from ray.exceptions import RayError
 
         try:
             points = ray.get(self._board.read.remote(self._seen), timeout=10)
-        except ray.exceptions.RayError:  # the curves are also in the checkpoint and the artifact
+        except RayError:  # the curves are also in the checkpoint and the artifact
             return
         if points:
             self._seen += len(points)

@@ -18,6 +18,7 @@ from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import KIND, TokenShape, TokenShards, write_parquet
+from vqvae_core.train import to_device
 from vqvae_core.vqvae import STRIDE, VQVAE
 
 VERSION = 1
@@ -98,8 +99,10 @@ class Encoder:
         artifact = Artifact.open(Folder(job["model"]))
         self._fingerprint, self._precision = artifact.manifest.fingerprint, artifact.facts["precision"]
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_vqvae(artifact).to(self._device, memory_format=torch.channels_last)
-        return self._model
+        model = load_vqvae(artifact)
+        to_device(model, self._device)
+        self._model = model
+        return model
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         job = json.loads(row["job"])

@@ -22,15 +22,15 @@ class Tracker:
     """The runs of one pipeline. Default store: an SQLite file under a local root; else MLFLOW_TRACKING_URI names it."""
 
     def __init__(self, root: Folder, name: str, config: Mapping[str, Any], fingerprint: str, *, enabled: bool = True):
-        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or (
-            f"sqlite:///{root.path('mlflow.db')}" if root.is_local else None
+        self.uri: str = os.environ.get("MLFLOW_TRACKING_URI") or (
+            f"sqlite:///{root.path('mlflow.db')}" if root.is_local else ""
         )
         self._root, self._name, self._config, self._fingerprint = root, name, config, fingerprint
         self._client: Any = None
-        self._parent: str | None = None
+        self._parent = ""
         self._experiment: str | None = None
         self._failed = not enabled
-        if enabled and self.uri is None:
+        if enabled and not self.uri:
             self._failed = True
             print("tracking: off, since an s3:// root has no SQLite store; set MLFLOW_TRACKING_URI to a server")
 
@@ -72,8 +72,8 @@ class Tracker:
             self._experiment = self.client.create_experiment(EXPERIMENT, artifact_location=location)
         else:
             self._experiment = experiment.experiment_id
-        self._parent = self._find("pipeline.fingerprint", self._fingerprint)
-        if self._parent is not None:
+        self._parent = self._find("pipeline.fingerprint", self._fingerprint) or ""
+        if self._parent:
             self.client.update_run(self._parent, status="RUNNING")
             return
         tags = {"pipeline.fingerprint": self._fingerprint, "pipeline.root": self._root.uri}
@@ -118,14 +118,14 @@ class Tracker:
 
     def finish(self, status: str, report: bytes | None = None) -> None:
         """End the parent run: FINISHED, FAILED or KILLED."""
-        if self._parent is None:
+        if not self._parent:
             return
         if report is not None:
             self.attempt(lambda: _log_file(self.client, self._parent, "report.html", report))
         self.attempt(lambda: self.client.set_terminated(self._parent, status=status))
 
     def log_parent(self, metrics: Mapping[str, float]) -> None:
-        if self._parent is not None:
+        if self._parent:
             self.attempt(lambda: self._log_metrics(self._parent, [(0, metrics)]))
 
     def _log_metrics(self, run_id: str, points: list[tuple[int, Mapping[str, float]]]) -> None:

@@ -3,6 +3,7 @@
 Readers read only what a manifest names and never list a folder. See docs/formats.md for the fields.
 """
 
+import builtins
 import dataclasses
 import hashlib
 import io
@@ -66,7 +67,7 @@ class FileEntry:
     sha256: str
 
     @classmethod
-    def of(cls, path: str, data: bytes, *, rows: int = 0) -> "FileEntry":
+    def of(cls, path: str, data: builtins.bytes, *, rows: int = 0) -> "FileEntry":
         return cls(path, rows, len(data), hash_bytes(data))
 
 

@@ -113,7 +113,7 @@ def load_model(model: nn.Module, data: bytes) -> None:
 
 def config_from_json(kind: type, values: dict[str, Any]) -> Any:
     """A config dataclass, nested ones included, from its JSON. Raises TypeError for a field it does not have."""
-    fields = {item.name: item.type for item in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(kind)}
     return kind(
         **{
             name: config_from_json(fields[name], value) if dataclasses.is_dataclass(fields.get(name)) else value

@@ -10,7 +10,7 @@ from torch import Tensor
 from vqvae_core.metrics import entropy_bits
 from vqvae_core.pixelcnn import PixelCNN
 from vqvae_core.token_shards import TokenTable
-from vqvae_core.train import Precision, StepOutput, Worker
+from vqvae_core.train import Precision, StepOutput, Worker, to_device
 
 TokenItem = tuple[np.ndarray, int]  # tokens (H, W), label or -1
 
@@ -32,8 +32,10 @@ class PriorTraining:
     def __init__(
         self, model: PixelCNN, *, precision: Precision, worker: Worker, validation: tuple[Tensor, Tensor]
     ) -> None:
-        self.model = model.to(worker.device, memory_format=torch.channels_last)
-        self._precision, self._worker, self._validation = precision, worker, validation
+        to_device(model, worker.device)
+        self.model = model
+        self._precision: Precision = precision
+        self._worker, self._validation = worker, validation
 
     def before_training(self, batch: tuple[Tensor, Tensor], worker: Worker) -> None:
         """A prior starts from its initial weights."""
@@ -49,9 +51,10 @@ class PriorTraining:
         """A prior keeps no statistics."""
 
     def validate(self) -> dict[str, float]:
+        tokens, labels = self._validation
         self.model.eval()
         try:
-            bits = bits_per_token(self.model, *self._validation, self._precision, self._worker.device)
+            bits = bits_per_token(self.model, tokens, labels, self._precision, self._worker.device)
         finally:
             self.model.train()
         return {"validation_bits_per_token": bits}

@@ -14,7 +14,7 @@ from vqvae_core.checkpoint import History, TrainingState, collect_tensors, resto
 from vqvae_core.quantizer import at_least_fp32
 from vqvae_core.stream import Stream, StreamConfig, mix
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class TrainConfig(StreamConfig):
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: constant, or half a cosine down to 0."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Of convolutions; the quantizer is always fp32. auto: bf16 where the hardware gains from it. Becomes part of the
     recipe as what it resolves to."""
     log_every: int = 20
@@ -90,9 +90,9 @@ class StepOutput:
 
 @runtime_checkable
 class Trainable(Protocol):
-    """A model with its loss, as the loop sees it."""
+    """A model with its loss, as the loop sees it. It has an attribute `model`, an nn.Module."""
 
-    model: nn.Module
+    model: Any
 
     def before_training(self, batch: Any, worker: "Worker") -> None:
         """Called once, at step 0, with the first batch: data-dependent starts."""
@@ -127,6 +127,12 @@ class Worker:
     all_reduce: Callable[[Tensor], None] = _keep
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     save: Callable[[int, dict[str, float], Callable[[Path], None] | None], None] = lambda step, metrics, write: None
+
+
+def to_device(model: nn.Module, device: str) -> None:
+    """Move a model, in the layout that convolutions run fastest in."""
+    model.to(device)
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -137,7 +137,9 @@ class VQVAE(nn.Module):
 
     def encode(self, pixels: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b h4 w4"]:
         """Tokens (B, H/4, W/4) of pixels, uint8 (B, H, W, 3)."""
-        return self.quantizer(self.encoder(_channels_last(pixels_to_images(pixels).to(self.quantizer.table.dtype)))).tokens
+        return self.quantizer(
+            self.encoder(_channels_last(pixels_to_images(pixels).to(self.quantizer.table.dtype)))
+        ).tokens
 
     def decode(self, tokens: Int[Tensor, "b h4 w4"]) -> UInt8[Tensor, "b h w 3"]:
         """Pixels, uint8 (B, H, W, 3), of tokens (B, H/4, W/4)."""

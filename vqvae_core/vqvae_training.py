@@ -12,7 +12,7 @@ from vqvae_core.images import images_to_pixels, pixels_to_images
 from vqvae_core.metrics import PooledPSNR, perplexity, usage
 from vqvae_core.quantizer import at_least_fp32
 from vqvae_core.stream import mix
-from vqvae_core.train import Precision, StepOutput, Worker
+from vqvae_core.train import Precision, StepOutput, Worker, to_device
 from vqvae_core.vqvae import VQVAE
 
 _START_POINTS_PER_CODE = 16
@@ -29,8 +29,10 @@ class VQVAETraining:
     def __init__(
         self, model: VQVAE, *, steps: int, seed: int, precision: Precision, worker: Worker, validation: Tensor
     ) -> None:
-        self.model = model.to(worker.device, memory_format=torch.channels_last)
-        self._steps, self._seed, self._precision, self._worker = steps, seed, precision, worker
+        to_device(model, worker.device)
+        self.model = model
+        self._precision: Precision = precision
+        self._steps, self._seed, self._worker = steps, seed, worker
         self._validation = validation
 
     def _autocast(self) -> torch.autocast:
@@ -53,8 +55,11 @@ class VQVAETraining:
         self.model.quantizer.start(points, torch.Generator().manual_seed(self._seed))
 
     def _drawn(self, latents: Tensor, count: int, seed: int) -> Tensor:
-        """Up to `count` different latents (M, D) of the global batch, drawn by the seed: each stands in the result of the rank that
-        has it and is zero in the others, so that the sum over ranks is the same for any number of ranks."""
+        """Up to `count` different latents (M, D) of the global batch, drawn by the seed.
+
+        Each stands in the result of the rank that has it and is zero in the others, so that the sum over ranks is the
+        same for any number of ranks.
+        """
         rows = latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
         total = len(rows) * self._worker.world_size
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed & (2**63 - 1)))[:count]

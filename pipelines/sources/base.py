@@ -12,9 +12,10 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from vqvae_core.artifacts import hash_json
+from vqvae_core.errors import InputError
 
 
-class SourceError(ValueError):
+class SourceError(InputError):
     """A source is missing, empty or not what its config says. The message tells what to do."""
 
 

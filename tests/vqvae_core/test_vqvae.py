@@ -4,7 +4,7 @@ import torch
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
 
-SMALL = dict(hidden_channels=8, residual_channels=4, num_residual_blocks=1)
+SMALL = {"hidden_channels": 8, "residual_channels": 4, "num_residual_blocks": 1}
 
 
 def model(learn_by: str = "loss") -> VQVAE:

@@ -1,0 +1,103 @@
+"""What a user sees who types something that does not fit: one line, exit code 2, no traceback."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines import cli
+from pipelines.config import config_from_manifest, config_to_manifest
+from pipelines.presets import PRESETS
+from vqvae_core.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def full(*arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "doom48"], r"expected a preset out of doom84, .*, found 'doom48' \(did you mean doom84\?\)"),
+        (["--train.step", "3"], r"found --train.step \(did you mean --train.steps\?\); --help lists all fields"),
+        (["--train.steps", "many"], "expected a value of type int for --train.steps, found many"),
+        (["--train.steps"], "expected a value of type int for --train.steps, found none"),
+        (["--train.steps", "0"], "steps must be at least 1, was 0"),
+        (["--train.batch-size", "10"], "num_lanes must divide batch_size 10, was 4; the largest that does is 2"),
+        (["--shard.image-size", "83"], "image_size must be a multiple of 4, was 83"),
+        (["--data.maps", "E9M9"], "maps must be named E1M1 to E4M9 or MAP01 to MAP32, found 'E9M9'"),
+        (["--source", "x"], "expected no --source for the preset doom84, whose frames are made live"),
+        (["--root"], "expected a value after --root, found none"),
+        (["--config", "nowhere.json"], "expected a manifest.json with a config at nowhere.json"),
+        (["stray"], "expected --FIELD VALUE pairs, found stray"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        cli.parse(arguments)
+
+
+def test_overrides() -> None:
+    options = cli.parse(["--preset", "smoke", "--root=x", "--train.batch-size", "16", "--vqvae.quantizer.num-codes=64",
+                         "--data.maps", "E1M1", "E1M2", "--resources.use-gpu", "--no-track"])  # fmt: skip
+    config = options.config
+    assert (config.train.batch_size, config.vqvae.quantizer.num_codes, config.data.maps) == (16, 64, ("E1M1", "E1M2"))
+    assert (options.root, options.track, config.resources.use_gpu) == ("x", False, True)
+    assert config.train_prior == PRESETS["smoke"][0].train_prior
+
+
+def test_the_source_is_named_by_its_place() -> None:
+    assert cli.parse(["--preset", "dmlab84", "--source", "/somewhere"]).config.data.path == "/somewhere"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_config_survives_its_manifest(preset: str) -> None:
+    import json
+
+    config = PRESETS[preset][0]
+    assert config_from_manifest(json.loads(json.dumps(config_to_manifest(config)))) == config
+
+
+def test_help_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("--preset", "doom84", "--train.steps", "Optimizer steps.", "--data.frames-per-episode", "Frames kept"):
+        assert part in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--preset", "nothing"], ["expected a preset out of", "found 'nothing'"]),
+        (["--nothing", "1"], ["expected a field of the config, found --nothing"]),
+        (["--preset", "dmlab84"], ["expected the place of recorded frames", "name it with --source PATH"]),
+        (
+            ["--preset", "dmlab84", "--source", "/nowhere"],
+            ["expected recorded frames", "/nowhere, found no such folder"],
+        ),
+        (["--preset", "smoke", "--root", "/proc/nothing"], ["expected a folder that can be written at /proc"]),
+        (
+            ["--preset", "smoke", "--resources.num-workers", "64"],
+            ["expected 64 CPUs (64 workers with 1 each), the cluster has", "lower --resources.num-workers"],
+        ),
+    ],
+)
+def test_messages_of_the_command(tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
+    root = [] if "--root" in arguments else ["--root", str(tmp_path / "root")]
+    assert_one_line(full(*arguments, *root, "--no-track"), *parts)

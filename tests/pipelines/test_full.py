@@ -1,0 +1,255 @@
+"""The whole pipeline on the smoke preset: what it makes, that it is reused, and that kills change nothing."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from tests.pipelines.test_cli import ROOT, assert_one_line, full
+from vqvae_core.artifacts import MANIFEST, Artifact
+from vqvae_core.image_shards import ImageShards
+from vqvae_core.storage import Folder
+from vqvae_core.token_shards import TokenShards
+
+pytestmark = pytest.mark.slow
+STAGES = ("shard", "train_vqvae", "tokenize", "train_prior", "sample")
+
+
+def smoke(root: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    return full("--preset", "smoke", "--root", str(root), *arguments, **kwargs)
+
+
+def artifacts(root: Path) -> dict[str, Artifact]:
+    found = {path.parent.name.rsplit("-", 1)[0]: path.parent for path in root.glob(f"*/{MANIFEST}")}
+    return {stage: Artifact.open(Folder.of(path)) for stage, path in found.items()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A root with one finished run, and what it printed."""
+    root = tmp_path_factory.mktemp("done")
+    result = smoke(root)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return root, result.stdout
+
+
+def test_it_says_what_it_did(done: tuple[Path, str]) -> None:
+    root, said = done
+    for stage in STAGES:
+        assert re.search(rf"^{stage}: made in [\d.]+ s  {root}/{stage}-\w{{12}}$", said, re.MULTILINE)
+    assert f"report: {root}/report.html" in said
+    assert re.search(r"^done in [\d.]+ s, \d+ % of it inside stage work$", said, re.MULTILINE)
+
+
+def test_every_file_is_what_its_manifest_says(done: tuple[Path, str]) -> None:
+    for artifact in artifacts(done[0]).values():
+        for path in artifact.files:
+            artifact.read(path)
+
+
+def test_shards(done: tuple[Path, str]) -> None:
+    images = ImageShards(artifacts(done[0])["shard"])
+    assert images.artifact.facts["splits"] == {
+        "train": {"shards": 3, "images": 96},
+        "validation": {"shards": 2, "images": 48},
+    }
+    assert images.label_map == {"E1M3": 0, "MAP04": 1}
+    samples = [sample for split in ("train", "validation") for path in images.shards(split)
+               for sample in images.read(path)]  # fmt: skip
+    assert len({sample.key for sample in samples}) == 144
+    assert all(sample.pixels().shape == (32, 32, 3) for sample in samples)
+    episodes = {split: {(s.facts["level"], s.facts["episode"]) for p in images.shards(split) for s in images.read(p)}
+                for split in ("train", "validation")}  # fmt: skip
+    assert not episodes["train"] & episodes["validation"]
+    for path in images.shards("train"):  # episodes are mixed across shards
+        assert len({sample.facts["episode"] for sample in images.read(path)}) == 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_webdataset_library_reads_the_shards(done: tuple[Path, str]) -> None:
+    images = ImageShards(artifacts(done[0])["shard"])
+    for path in images.shards("train"):
+        dataset = webdataset.WebDataset(images.artifact.folder.path(path), shardshuffle=False)
+        assert [sample["__key__"] for sample in dataset] == [sample.key for sample in images.read(path)]
+
+
+def test_tokens_stand_beside_their_images(done: tuple[Path, str]) -> None:
+    made = artifacts(done[0])
+    images, tokens = ImageShards(made["shard"]), TokenShards(made["tokenize"])
+    assert tokens.shape.height == tokens.shape.width == 8
+    for split in ("train", "validation"):
+        for picture, code in zip(images.shards(split), tokens.shards(split), strict=True):
+            samples, table = images.read(picture), tokens.read(code)
+            assert table.keys == [sample.key for sample in samples]
+            assert table.labels.tolist() == [sample.label for sample in samples]
+            assert table.model == made["train_vqvae"].manifest.fingerprint
+
+
+def test_a_second_run_does_no_work(done: tuple[Path, str]) -> None:
+    root, _ = done
+    before = {path: path.stat().st_mtime_ns for path in root.rglob(MANIFEST)}
+    begin = time.monotonic()
+    again = smoke(root, env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})  # it would fail to connect
+    seconds = time.monotonic() - begin
+    assert again.returncode == 0, again.stderr
+    for stage in STAGES:
+        assert re.search(rf"^{stage}: reused", again.stdout, re.MULTILINE)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob(MANIFEST)} == before
+    assert seconds < 60, "reuse must not start Ray"
+
+
+def test_another_root_gets_the_same_shards(done: tuple[Path, str], tmp_path: Path) -> None:
+    """Same recipe, same bytes: and for tokens too, when they come from the same weights."""
+    root, _ = done
+    result = smoke(tmp_path, "--no-track")
+    assert result.returncode == 0, result.stderr
+    one, other = artifacts(root), artifacts(tmp_path)
+    assert one["shard"].files == other["shard"].files
+    assert one["train_vqvae"].manifest.fingerprint == other["train_vqvae"].manifest.fingerprint
+    if one["train_vqvae"].manifest.content == other["train_vqvae"].manifest.content:
+        assert one["tokenize"].files == other["tokenize"].files
+        assert one["sample"].files == other["sample"].files
+
+
+def test_a_changed_field_remakes_what_depends_on_it(done: tuple[Path, str]) -> None:
+    result = smoke(done[0], "--sample.seed", "7", "--no-track")
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^(\w+): (reused|made)", result.stdout, re.MULTILINE) == [
+        *((stage, "reused") for stage in STAGES[:-1]),
+        ("sample", "made"),
+    ]
+
+
+def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
+    """One parent and a child for each stage, finished, with params, curves, datasets, pictures and models."""
+    root, _ = done
+    with sqlite3.connect(root / "mlflow.db") as store:
+        runs = store.execute("select run_uuid, name, status from runs").fetchall()
+        assert sorted(name for _, name, _ in runs) == sorted(["smoke", *STAGES])
+        assert {status for *_, status in runs} == {"FINISHED"}
+        ids = {name: run for run, name, _ in runs}
+        parents = store.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
+        assert parents == [(ids["smoke"],)] * 5
+        query = "select count(*) from metrics where run_uuid = ? and key = ?"
+        assert store.execute(query, (ids["train_vqvae"], "mse")).fetchone() == (6,)
+        assert store.execute(query, (ids["train_prior"], "validation_bits_per_token")).fetchone() == (2,)
+        params = dict(store.execute("select key, value from params where run_uuid = ?", (ids["smoke"],)).fetchall())
+        assert params["train.batch_size"] == "8"
+        digests = {row[0] for row in store.execute("select digest from datasets").fetchall()}
+        assert artifacts(root)["shard"].manifest.content[:36] in digests
+        models = store.execute("select name, current_stage from model_versions").fetchall()
+        assert {name for name, _ in models} == {"VQVAEModel", "PriorModel"}
+    names = {path.name for path in (root / "mlartifacts").rglob("*")}
+    assert {"reconstructions.png", "samples.png", "report.html", "model.safetensors"} <= names
+
+
+def test_the_report_is_self_contained(done: tuple[Path, str]) -> None:
+    page = (done[0] / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert not re.search(r"(src|href)=[\"']?https?:", page)
+    for word in ("Reconstructions", "Samples of the prior", "PSNR", "bits/token", "train_vqvae"):
+        assert word in page
+
+
+def test_a_config_is_replayed_from_a_manifest(done: tuple[Path, str]) -> None:
+    manifest = artifacts(done[0])["sample"].folder.path(MANIFEST)
+    result = full("--preset", "smoke", "--root", str(done[0]), "--config", manifest, "--no-track")
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r": reused", result.stdout)) == 5
+
+
+@pytest.mark.parametrize(
+    ("harm", "parts"),
+    [
+        (lambda folder, path: (folder / path).unlink(), ["expected", "found nothing; restore the file"]),
+        (lambda folder, path: (folder / path).write_bytes(b"short"), ["expected", "found 5 bytes"]),
+        (
+            lambda folder, path: (folder / MANIFEST).write_text(
+                json.dumps({**json.loads((folder / MANIFEST).read_text()), "version": 2})
+            ),
+            ["expected manifest version 1", "found 2; use the release that wrote it, or another --root"],
+        ),
+    ],
+    ids=["missing", "short", "version"],
+)
+def test_a_damaged_artifact_is_named_and_kept(done: tuple[Path, str], tmp_path: Path, harm, parts: list[str]) -> None:
+    copy = tmp_path / "root"
+    subprocess.run(["cp", "-r", str(done[0]), str(copy)], check=True)
+    folder = next(copy.glob("shard-*"))
+    harm(folder, "train-000001.tar")
+    before = sorted(path.name for path in copy.rglob("*"))
+    assert_one_line(smoke(copy, "--no-track"), *parts)
+    assert [name for name in sorted(path.name for path in copy.rglob("*")) if "mlflow" not in name] == [
+        name for name in before if "mlflow" not in name
+    ]
+
+
+def test_a_flipped_byte_is_found_when_the_file_is_read(done: tuple[Path, str], tmp_path: Path) -> None:
+    copy = tmp_path / "root"
+    subprocess.run(["cp", "-r", str(done[0]), str(copy)], check=True)
+    path = next(copy.glob("shard-*")) / "validation-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    result = smoke(copy, "--no-track", "--train.seed", "5")
+    assert_one_line(result, "expected sha256", "for validation-000000.tar", "restore the file")
+
+
+def kill_when(root: Path, ready, *arguments: str, timeout: float = 120) -> str:
+    """Start the pipeline, SIGKILL its driver as soon as ready(root), and return what it had printed."""
+    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), "--preset", "smoke", "--root", str(root),
+               *arguments]  # fmt: skip
+    log = root.with_suffix(".log")
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        begin = time.monotonic()
+        while not ready(root):
+            assert process.poll() is None, f"it ended before it could be killed: {log.read_text()}"
+            assert time.monotonic() - begin < timeout
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    return log.read_text()
+
+
+def has(pattern: str):
+    return lambda root: any(root.glob(pattern))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "shard-*/staging/sidecars/run-*.json",
+        "shard-*/sidecars/train-000000.json",
+        "train_vqvae-*/training-*/step-*",
+        "tokenize-*/sidecars/*.json",
+        "train_prior-*/training-*/step-*",
+        "sample-*/sidecars/part-000000.json",
+    ],
+)
+def test_a_killed_driver_goes_on(done: tuple[Path, str], tmp_path: Path, pattern: str) -> None:
+    """Nothing finished is done again, and the shards and tokens are those of an uninterrupted run."""
+    root = tmp_path / "root"
+    steps = ["--train.steps", "60", "--train-prior.steps", "60", "--no-track"]
+    kill_when(root, has(pattern), *steps)
+    finished = {path: path.stat().st_mtime_ns for path in root.rglob("sidecars/*.json")}
+    manifests = {path: path.stat().st_mtime_ns for path in root.glob(f"*/{MANIFEST}")}
+    result = smoke(root, *steps)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {path: path.stat().st_mtime_ns for path in manifests} == manifests
+    kept = {path: stamp for path, stamp in finished.items() if path.exists()}
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    made = artifacts(root)
+    assert made["shard"].files == artifacts(done[0])["shard"].files
+    for stage in ("train_vqvae", "train_prior"):
+        history = json.loads(made[stage].read("history.json"))
+        assert [point["step"] for point in history] == list(range(4, 64, 4))
