@@ -11,7 +11,7 @@ _PAPER_TRAIN = TrainConfig(steps=250_000, batch_size=128, num_lanes=64, learning
 _PAPER_RESOURCES = Resources(checkpoint_every=2000)
 
 DOOM84 = PipelineConfig(
-    data=ViZDoomSource(train_episodes_per_map=12),
+    data=ViZDoomSource(train_episodes_per_map=14),
     shard=ShardConfig(image_size=84, image_format="webp"),
     vqvae=VQVAEConfig(
         hidden_channels=128,
@@ -43,7 +43,7 @@ DOOM84 = PipelineConfig(
         schedule="cosine",
         validate_every=500,
     ),
-    sample=SampleConfig(num_images=16, batch_size=8),
+    sample=SampleConfig(num_images=21, batch_size=11, temperature=0.85),
 )
 
 DMLAB84 = PipelineConfig(

@@ -19,6 +19,7 @@ from vqvae_core.token_shards import write_parquet
 VERSION = 1
 KIND = "Samples"
 GRID = "samples.png"
+_MOST_COLUMNS = 12
 
 
 def sample(pipeline: Pipeline, config: SampleConfig, prior: Artifact, vqvae: Artifact, label_map: Any) -> Artifact:
@@ -71,7 +72,9 @@ def _build(
     files = [FileEntry(**record["file"]) for record in records]
     files += [FileEntry(**record["picture"]) for record in records]
     pictures = [_cells(space.folder.read(record["picture"]["path"]), record["file"]["rows"]) for record in records]
-    sheet = png(grid(np.concatenate(pictures), min(8, config.num_images), scale=2))
+    num_labels = len(label_map or {})
+    columns = num_labels if 1 < num_labels <= _MOST_COLUMNS else 8  # a column a label, where they fit
+    sheet = png(grid(np.concatenate(pictures), min(columns, config.num_images), scale=2))
     space.folder.write(GRID, sheet)
     files.append(FileEntry.of(GRID, sheet))
     nll = [value for record in records for value in record["nll_nats"]]

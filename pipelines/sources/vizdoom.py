@@ -13,7 +13,7 @@ import numpy as np
 
 from pipelines.sources.base import Run, SourceError, SourceIndex, SourceItem
 
-WELL_LIT_MAPS = ("E1M3", "E1M4", "E1M5", "E1M6", "E1M7", "E2M7", "E2M9", "MAP04")
+WELL_LIT_MAPS = ("E1M3", "E1M4", "E1M5", "E1M6", "E1M7", "E2M7", "MAP04")
 _TICS_PER_ACTION = 4
 _WARM_UP_ACTIONS = 3  # the view settles after the spawn
 _STUCK_MAP_UNITS = 8.0  # a free step of four tics moves about 30 map units
