@@ -29,6 +29,7 @@ class Session:
         if self._ray is None:
             # Ray's own lines about its logs and metrics are not this program's output.
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
             import ray
 

@@ -23,7 +23,7 @@ DOOM84 = PipelineConfig(
         quantizer=QuantizerConfig(num_codes=512, code_dim=16, learn_by="moving_average", decay=0.95, revive_every=50),
     ),
     train=TrainConfig(
-        steps=2000,
+        steps=1500,
         batch_size=16,
         num_lanes=4,
         learning_rate=2e-3,
@@ -32,9 +32,9 @@ DOOM84 = PipelineConfig(
         schedule="cosine",
         validate_every=500,
     ),
-    prior=PixelCNNConfig(channels=96, num_layers=8, first_kernel_size=7, head_channels=128),
+    prior=PixelCNNConfig(channels=96, num_layers=8, first_kernel_size=5, head_channels=128),
     train_prior=TrainConfig(
-        steps=2000,
+        steps=1500,
         batch_size=8,
         num_lanes=4,
         learning_rate=3e-3,

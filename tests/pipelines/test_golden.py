@@ -1,0 +1,136 @@
+"""What stages make of fixed inputs, as it was on another day. A change here needs a new VERSION of the stage, and then
+new values. Floating-point results may differ in the last digits between machines: tokens agree in 99 %, not all."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import sample, shard, tokenize_images, train_prior, train_vqvae
+from pipelines.tokenize_images import Encoder, read_shard
+from tests.pipelines.data import frame
+from vqvae_core.artifacts import Artifact, FileEntry, commit
+from vqvae_core.checkpoint import save_model
+from vqvae_core.image_shards import Sample, write_tar
+from vqvae_core.images import encode
+from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
+from vqvae_core.quantizer import QuantizerConfig
+from vqvae_core.storage import Folder
+from vqvae_core.token_shards import TokenShape, read_parquet
+from vqvae_core.train import TrainConfig, Worker
+from vqvae_core.vqvae import VQVAE, VQVAEConfig
+
+GOLDEN = Path(__file__).with_name("golden.json")
+VQVAE_CONFIG = VQVAEConfig(
+    hidden_channels=8,
+    residual_channels=4,
+    num_residual_blocks=1,
+    quantizer=QuantizerConfig(num_codes=16, code_dim=4, learn_by="moving_average"),
+)
+TRAIN = TrainConfig(
+    steps=6, batch_size=4, num_lanes=2, learning_rate=1e-3, precision="fp32", log_every=2, validate_every=6
+)
+PRIOR_CONFIG = PixelCNNConfig(channels=8, num_layers=2, first_kernel_size=3, head_channels=8)
+
+
+def weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights that are a function of their index alone."""
+    for number, parameter in enumerate(model.parameters()):
+        values = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (0.37 + number))
+        parameter.data.copy_((values * 0.4).view(parameter.shape).float())
+    return model.eval()
+
+
+def artifact(folder: Folder, kind: str, files: dict[str, tuple[bytes, int]], facts: dict) -> Artifact:
+    for name, (data, _) in files.items():
+        folder.write(name, data)
+    entries = [FileEntry.of(name, data, rows=rows) for name, (data, rows) in files.items()]
+    return commit(
+        folder, kind=kind, stage="s", stage_version=1, fingerprint=kind, recipe={}, inputs={}, files=entries,
+        facts=facts, provenance={},
+    )  # fmt: skip
+
+
+def images(root: Folder) -> Artifact:
+    samples = [
+        Sample(key=f"k{number}", image_format="png", data=encode(frame(number), "png"), facts={"label": number % 2})
+        for number in range(12)
+    ]
+    files = {"train-000000.tar": (write_tar(samples[:8]), 8), "validation-000000.tar": (write_tar(samples[8:]), 4)}
+    splits = {"train": {"shards": 1, "images": 8}, "validation": {"shards": 1, "images": 4}}
+    return artifact(root / "i", "ImageShards", files, {"size": 16, "label_map": {"a": 0, "b": 1}, "splits": splits})
+
+
+def vqvae(root: Folder) -> Artifact:
+    config = json.dumps(dataclasses.asdict(VQVAE_CONFIG)).encode()
+    files = {"model.safetensors": (save_model(weights(VQVAE(VQVAE_CONFIG))), 0), "config.json": (config, 0)}
+    return artifact(root / "m", "VQVAEModel", files, {"K": 16, "precision": "fp32"})
+
+
+def tokens_of(root: Folder) -> dict[str, tuple[bytes, int]]:
+    """The tokenize stage's own parts, run here."""
+    made = {}
+    encoder = Encoder()
+    for name in ("train-000000", "validation-000000"):
+        job = {"images": images(root).folder.uri, "model": vqvae(root).folder.uri, "out": (root / "t").uri, "work": "w",
+               "name": name, "threads": 1}  # fmt: skip
+        rows = encoder(read_shard(job))["rows"]
+        made[f"{name}.parquet"] = ((root / "t").read(f"{name}.parquet"), rows)
+    return made
+
+
+@pytest.fixture
+def golden() -> dict:
+    return json.loads(GOLDEN.read_text())
+
+
+def test_versions(golden: dict) -> None:
+    modules = (shard, train_vqvae, tokenize_images, train_prior, sample)
+    assert {module.__name__.split(".")[1]: module.VERSION for module in modules} == golden["versions"]
+
+
+def test_tokenize(tmp_path: Path, golden: dict) -> None:
+    made = tokens_of(Folder.of(tmp_path))
+    table = read_parquet(made["validation-000000.parquet"][0], "here")
+    assert len(np.unique(table.tokens)) > 4
+    assert (table.tokens.flatten() == golden["tokens"]).mean() >= 0.99
+    assert made == tokens_of(Folder.of(tmp_path / "again"))
+
+
+def test_train_vqvae(tmp_path: Path, golden: dict) -> None:
+    root = Folder.of(tmp_path)
+    settings = {
+        "images": images(root).folder.uri, "model": dataclasses.asdict(VQVAE_CONFIG), "out": (root / "v").uri,
+        "train": dataclasses.asdict(TRAIN), "identity": "w",
+    }  # fmt: skip
+    value = train_vqvae._loop(settings, Worker(), None)
+    assert value["facts"]["psnr_db"] == pytest.approx(golden["psnr_db"], abs=0.02)
+    assert value["facts"]["shrunken_psnr_db"] == pytest.approx(golden["shrunken_psnr_db"], abs=0.02)
+
+
+def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
+    root = Folder.of(tmp_path)
+    shape = {"H": 4, "W": 4, "G": 1, "K": 16}
+    artifact(root / "ts", "TokenShards", tokens_of(root), {"shape": shape, "label_map": {"a": 0, "b": 1}})
+    settings = {
+        "tokens": (root / "ts").uri, "model": dataclasses.asdict(PRIOR_CONFIG), "out": (root / "p").uri,
+        "train": dataclasses.asdict(TRAIN), "identity": "w",
+    }  # fmt: skip
+    value = train_prior._loop(settings, Worker(), None)
+    assert value["facts"]["bits_per_token"] == pytest.approx(golden["bits_per_token"], abs=0.01)
+    prior = weights(PixelCNN(PRIOR_CONFIG, TokenShape(height=4, width=4, num_groups=1, num_codes=16), 2))
+    config = {
+        "model": dataclasses.asdict(PRIOR_CONFIG), "num_classes": 2,
+        "shape": {"height": 4, "width": 4, "num_groups": 1, "num_codes": 16},
+    }  # fmt: skip
+    files = {"model.safetensors": (save_model(prior), 0), "config.json": (json.dumps(config).encode(), 0)}
+    made = artifact(root / "pm", "PriorModel", files, {})
+    job = {"prior": made.folder.uri, "vqvae": vqvae(root).folder.uri, "out": (root / "s").uri, "work": "w",
+           "name": "part-000000", "numbers": [0, 1, 2], "seed": 5, "temperature": 0.9, "num_labels": 2}  # fmt: skip
+    sample.draw_part(job)
+    table = read_parquet((root / "s").read("part-000000.parquet"), "here")
+    assert table.labels.tolist() == [0, 1, 0]
+    assert (table.tokens.flatten() == golden["samples"]).mean() >= 0.99
