@@ -10,7 +10,7 @@ import time
 
 from cluster.session import Session
 from pipelines import cli
-from pipelines.config import config_to_manifest
+from pipelines.config import PipelineConfig, config_to_manifest
 from pipelines.report import make_report
 from pipelines.sample import sample
 from pipelines.shard import shard
@@ -25,7 +25,8 @@ from vqvae_core.storage import Folder
 REPORT = "report.html"
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], until: str = "sample") -> None:
+    """Run the stages in order, up to and with `until`; each stage's own file runs up to itself."""
     begin = time.monotonic()
     options = cli.parse(arguments)
     config, root = options.config, Folder.of(options.root)
@@ -40,13 +41,10 @@ def main(arguments: list[str]) -> None:
     report: bytes | None = None
     tracker.start()
     try:
-        images = shard(pipeline, config.data, config.shard)
-        vqvae = train_vqvae(pipeline, config, images)
-        tokens = tokenize_images(pipeline, images, vqvae)
-        prior = train_prior(pipeline, config, tokens)
-        sample(pipeline, config.sample, prior, vqvae, tokens.label_map)
-        report = make_report(options.preset, pipeline.reports, resolved, time.monotonic() - begin)
-        root.write(REPORT, report)
+        _stages(pipeline, config, until)
+        if until == "sample":
+            report = make_report(options.preset, pipeline.reports, resolved, time.monotonic() - begin)
+            root.write(REPORT, report)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -54,11 +52,28 @@ def main(arguments: list[str]) -> None:
     finally:
         session.close()
         tracker.finish(status, report)
-    _summary(pipeline, tracker, time.monotonic() - begin)
+    if until == "sample":
+        _figures(pipeline)
+    _summary(pipeline, tracker, time.monotonic() - begin, report is not None)
 
 
-def _summary(pipeline: Pipeline, tracker: Tracker, seconds: float) -> None:
-    work = sum(report.work_seconds for report in pipeline.reports)
+def _stages(pipeline: Pipeline, config: PipelineConfig, until: str) -> None:
+    images = shard(pipeline, config.data, config.shard)
+    if until == "shard":
+        return
+    vqvae = train_vqvae(pipeline, config, images)
+    if until == "train_vqvae":
+        return
+    tokens = tokenize_images(pipeline, images, vqvae)
+    if until == "tokenize":
+        return
+    prior = train_prior(pipeline, config, tokens)
+    if until == "train_prior":
+        return
+    sample(pipeline, config.sample, prior, vqvae, tokens.label_map)
+
+
+def _figures(pipeline: Pipeline) -> None:
     facts = {report.name: report.artifact.facts for report in pipeline.reports}
     model, prior = facts["train_vqvae"], facts["train_prior"]
     print(
@@ -72,11 +87,16 @@ def _summary(pipeline: Pipeline, tracker: Tracker, seconds: float) -> None:
         f"prior: {prior['bits_per_token']:.3f} bits/token, "
         f"{prior['gain_bits_per_token']:.2f} below the tokens' unigram entropy"
     )
+
+
+def _summary(pipeline: Pipeline, tracker: Tracker, seconds: float, reported: bool) -> None:
+    work = sum(report.work_seconds for report in pipeline.reports)
     share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
     print(f"done in {seconds:.1f} s{share}")
     if tracker.uri:
         print(f"runs:   mlflow ui --backend-store-uri {tracker.uri}")
-    print(f"report: {pipeline.root.path(REPORT)}")
+    if reported:
+        print(f"report: {pipeline.root.path(REPORT)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipelines.config import Resources
 from pipelines.progress import Progress
-from pipelines.stage import Pipeline
+from pipelines.stage import Pipeline, root_cause
 from pipelines.tracking import StageRun
 from vqvae_core.checkpoint import CheckpointError, TrainingState, load_state
 from vqvae_core.errors import InputError
@@ -83,6 +83,9 @@ def fit(
         try:
             result = trainer.fit()
         except (WorkerGroupError, ControllerError) as error:
+            for cause in map(root_cause, getattr(error, "worker_failures", {}).values()):
+                if isinstance(cause, tuple(_ERRORS.values())):
+                    raise cause from error
             reason = str(error).strip().splitlines()[-1]
             raise TrainingFailedError(
                 f"{name}: training stopped after {resources.max_failures} restarts, the last error was: {reason}; "
@@ -178,10 +181,12 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     try:
         state = _last_state(ray.train.get_checkpoint(), config["identity"])
         value = config["loop"](config["settings"], worker, state)
-    except InputError as error:
-        return {"error": "InputError", "message": str(error)}
-    except NonFiniteLossError as error:
-        return {"error": "NonFiniteLossError", "message": str(error)}
+    except (InputError, NonFiniteLossError) as error:
+        if rank != 0:
+            raise  # ends the whole group: rank 0 may wait for this rank
+        # As a value: a raised error would start the workers again, to no other end.
+        name = "InputError" if isinstance(error, InputError) else "NonFiniteLossError"
+        return {"error": name, "message": str(error)}
     return {**value, "work_seconds": time.time() - begin}
 
 

@@ -116,3 +116,9 @@ def _cells(data: bytes, count: int) -> np.ndarray:
     """The pictures (N, H, W, 3) of a strip."""
     strip = decode(data)
     return strip.reshape(count, strip.shape[0] // count, *strip.shape[1:])
+
+
+if __name__ == "__main__":
+    from pipelines import cli, full
+
+    cli.run(lambda arguments: full.main(arguments, until="sample"))

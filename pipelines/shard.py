@@ -109,23 +109,13 @@ def _build(pipeline: Pipeline, source: AnySource, config: ShardConfig, space: Wo
     clock = WorkClock()
     missing = [number for number, name in enumerate(plan.names) if space.finished(name) is None]
     limit = config.max_rejected_fraction * num_images
-    with Progress("shard", num_images, "images") as progress:
-        if missing and not source.random_access:
-            jobs = _stage_jobs(index, plan, spec)
-            done, rejects = 0, []
-            for result in fan_out(pipeline.session, stage_run, jobs):
-                clock.add(result)
-                done += result["rows"]
-                rejects += result["rejects"]
-                _check_rejects(rejects, limit, num_images)
-                progress.advance_to(done, "(pass 1 of 2: reading runs)")
-        jobs = _shard_jobs(index, plan, spec, missing, source.random_access)
-        rejects = []
-        for result in fan_out(pipeline.session, make_shard, jobs):
-            clock.add(result)
-            rejects += result["rejects"]
-            _check_rejects(rejects, limit, num_images)
-            progress.advance_to(progress_images(space, plan), "(shards)")
+    if missing and not source.random_access:
+        with Progress("shard (1 of 2: reading)", num_images, "images") as progress:
+            _follow(fan_out(pipeline.session, stage_run, _stage_jobs(index, plan, spec)), clock, limit, progress)
+    jobs = _shard_jobs(index, plan, spec, missing, source.random_access)
+    done = num_images - sum(job["count"] for job in jobs)
+    with Progress("shard", num_images, "images", done=done) as progress:
+        _follow(fan_out(pipeline.session, make_shard, jobs), clock, limit, progress)
     records = [space.finished(name) for name in plan.names]
     made = _collect(space, index, config, plan, [record for record in records if record], clock.seconds)
     _check_rejects(_all_rejects(records), limit, num_images)
@@ -133,9 +123,14 @@ def _build(pipeline: Pipeline, source: AnySource, config: ShardConfig, space: Wo
     return made
 
 
-def progress_images(space: Workspace, plan: Plan) -> int:
-    """Images in finished shards so far."""
-    return sum(record["file"]["rows"] for name in plan.names if (record := space.finished(name)))
+def _follow(results: Iterator[dict[str, Any]], clock: WorkClock, limit: float, progress: Progress) -> None:
+    """Take results as they come: time, progress, and an early stop where too much is rejected."""
+    rejects: list[dict[str, Any]] = []
+    for result in results:
+        clock.add(result)
+        rejects += result["rejects"]
+        _check_rejects(rejects, limit, progress.total)
+        progress.advance_to(progress.done + result["file"]["rows"] + len(result["rejects"]))
 
 
 def _name_of(source: AnySource) -> str:
@@ -219,7 +214,7 @@ def stage_run(job: dict[str, Any]) -> dict[str, Any]:
     folder, name = Folder(spec["folder"]) / "staging", f"run-{job['number']:06d}"
     done = read_sidecar(folder, spec["work"], name)
     if done is not None:
-        return done | {"rows": done["file"]["rows"]}
+        return done
     goal = {position: goal for position, *goal in zip(job["positions"], job["shards"], job["places"], strict=True)}
     config = config_from_json(ShardConfig, spec["config"])
     rows, rejects = [], []
@@ -248,7 +243,7 @@ def stage_run(job: dict[str, Any]) -> dict[str, Any]:
     data = buffer.getvalue()
     folder.write(f"{name}.parquet", data)
     file = FileEntry.of(f"{name}.parquet", data, rows=len(rows))
-    return write_sidecar(folder, spec["work"], name, file, rejects=rejects) | {"rows": len(rows)}
+    return write_sidecar(folder, spec["work"], name, file, rejects=rejects)
 
 
 def make_shard(job: dict[str, Any]) -> dict[str, Any]:
@@ -379,3 +374,9 @@ def _splits(files: list[FileEntry]) -> Iterator[tuple[str, dict[str, int]]]:
     for split in SPLITS:
         shards = [file for file in files if file.path.startswith(f"{split}-")]
         yield split, {"shards": len(shards), "images": sum(file.rows for file in shards)}
+
+
+if __name__ == "__main__":
+    from pipelines import cli, full
+
+    cli.run(lambda arguments: full.main(arguments, until="shard"))

@@ -105,6 +105,12 @@ class Pipeline:
         reused = artifact is not None
         if artifact is None:
             work = hash_json({"fingerprint": fingerprint, "inputs": {k: reference(v) for k, v in inputs.items()}})[:16]
+            # Before any work: impossible resources fail within seconds.
+            self.session.check(
+                num_workers=self.resources.num_workers,
+                cpus_per_worker=self.resources.cpus_per_worker,
+                use_gpu=self.resources.use_gpu,
+            )
             run = self.tracker.stage(stage, work, recipe, inputs)
             made = build(Workspace(folder, work), run)
             artifact = commit(
@@ -165,7 +171,7 @@ def fan_out(
         for row in data.iter_rows():
             yield json.loads(row["result"])
     except RayError as error:
-        raise _root_cause(error) from error
+        raise root_cause(error) from error
 
 
 def _quiet() -> None:
@@ -188,10 +194,10 @@ class _Run:
         return {"result": json.dumps({**result, "begin": begin, "end": time.time()})}
 
 
-def _root_cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """The error that a task raised, out of the layers that Ray wraps around it."""
     cause = getattr(error, "cause", None) or error.__cause__
-    return error if cause is None or cause is error else _root_cause(cause)
+    return error if cause is None or cause is error else root_cause(cause)
 
 
 class WorkClock:
@@ -284,7 +290,7 @@ def encode_shards(
         for row in data.iter_rows():
             yield {**row, "begin": begin, "end": time.time()}
     except RayError as error:
-        raise _root_cause(error) from error
+        raise root_cause(error) from error
 
 
 @dataclass(frozen=True)

@@ -131,3 +131,9 @@ class Encoder:
             batch = torch.cat([batch, batch[-1:].expand(_BATCH - count, -1, -1, -1)]).to(self._device)
             with torch.autocast(self._device, torch.bfloat16, enabled=self._precision == "bf16"):
                 yield model.encode(batch)[:count].cpu()
+
+
+if __name__ == "__main__":
+    from pipelines import cli, full
+
+    cli.run(lambda arguments: full.main(arguments, until="tokenize"))

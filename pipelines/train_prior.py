@@ -135,3 +135,9 @@ def load_prior(artifact: Artifact) -> PixelCNN:
     )
     load_model(model, artifact.read("model.safetensors"))
     return model.eval()
+
+
+if __name__ == "__main__":
+    from pipelines import cli, full
+
+    cli.run(lambda arguments: full.main(arguments, until="train_prior"))

@@ -159,3 +159,9 @@ def load_vqvae(artifact: Artifact) -> VQVAE:
     model = VQVAE(config_from_json(VQVAEConfig, json.loads(artifact.read("config.json"))))
     load_model(model, artifact.read("model.safetensors"))
     return model.eval()
+
+
+if __name__ == "__main__":
+    from pipelines import cli, full
+
+    cli.run(lambda arguments: full.main(arguments, until="train_vqvae"))

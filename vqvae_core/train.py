@@ -177,7 +177,7 @@ def train(
         _check_finite(window, done)
         metrics = {name: float(torch.stack([point[name] for point in window]).mean()) for name in window[0]}
         window.clear()
-        if validates:
+        if validates and worker.rank == 0:
             metrics |= task.validate()
         history.append({"step": done, **metrics})
         worker.log(done, metrics)

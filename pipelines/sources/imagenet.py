@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipelines.sources.base import Run, SourceError, SourceIndex, SourceItem
 from pipelines.sources.files import list_files, open_source
+from vqvae_core.artifacts import hash_bytes
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VALIDATION = "ILSVRC2012_img_val.tar"
@@ -41,7 +42,10 @@ class ImageNetSource:
     def identity(self) -> dict[str, Any]:
         self.check()
         files = list_files(self.path, ".tar", "the ImageNet archives")
-        return {"kind": "imagenet", "files": [list(entry) for entry in files if entry[0] in (TRAIN, VALIDATION)]}
+        with open_source(self.path, VALIDATION_SYNSETS) as file:
+            synsets = hash_bytes(file.read())
+        archives = [list(entry) for entry in files if entry[0] in (TRAIN, VALIDATION)]
+        return {"kind": "imagenet", "files": archives, "validation_synsets": synsets}
 
     def index(self) -> SourceIndex:
         runs: list[tuple[Run, int, bool]] = []

@@ -4,7 +4,9 @@ The engine, the Freedoom worlds (BSD) and the renderer come with the `vizdoom` p
 """
 
 import importlib.metadata
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,12 +98,13 @@ def _world_of(name: str) -> str:
     raise ValueError(f"maps must be named E1M1 to E4M9 or MAP01 to MAP32, found {name!r}")
 
 
-def _open_game(level: str, seed: int) -> Any:
+def _open_game(level: str, seed: int, place: str) -> Any:
     import vizdoom
 
     game = vizdoom.DoomGame()
     game.set_doom_game_path(str(Path(vizdoom.__file__).parent / _world_of(level)))
     game.set_doom_map(level)
+    game.set_doom_config_path(str(Path(place) / "engine.ini"))  # else it writes one where the program was started
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     for overlay in ("hud", "minimal_hud", "weapon", "crosshair", "messages", "screen_flashes"):
@@ -127,8 +130,7 @@ def _open_game(level: str, seed: int) -> Any:
 
 def _walk(level: str, seed: int, num_frames: int, actions_per_frame: int) -> Iterator[np.ndarray]:
     """Frames (uint8 HWC, 240x320) of a walker that heads for open space, opens doors and turns away from walls."""
-    game = _open_game(level, seed)
-    try:
+    with tempfile.TemporaryDirectory() as place, closing(_open_game(level, seed, place)) as game:
         rng = np.random.default_rng(seed)
         walker = _Walker(rng)
         kept = actions = taken = 0
@@ -150,8 +152,6 @@ def _walk(level: str, seed: int, num_frames: int, actions_per_frame: int) -> Ite
             actions += 1
             taken += 1
             game.make_action(walker.act(state.depth_buffer, state.game_variables), _TICS_PER_ACTION)
-    finally:
-        game.close()
 
 
 class _Walker:

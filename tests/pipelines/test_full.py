@@ -35,9 +35,10 @@ def artifacts(root: Path) -> dict[str, Artifact]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A root with one finished run, and what it printed."""
-    root = tmp_path_factory.mktemp("done")
-    result = smoke(root)
+    root, place = tmp_path_factory.mktemp("done"), tmp_path_factory.mktemp("place")
+    result = smoke(root, cwd=place)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert not list(place.iterdir()), "it left something where it was started"
     return root, result.stdout
 
 
@@ -104,6 +105,15 @@ def test_a_second_run_does_no_work(done: tuple[Path, str]) -> None:
         assert re.search(rf"^{stage}: reused", again.stdout, re.MULTILINE)
     assert {path: path.stat().st_mtime_ns for path in root.rglob(MANIFEST)} == before
     assert seconds < 60, "reuse must not start Ray"
+
+
+@pytest.mark.parametrize(("script", "count"), [("shard", 1), ("tokenize_images", 3), ("sample", 5)])
+def test_each_stage_is_a_script(done: tuple[Path, str], script: str, count: int) -> None:
+    """It runs the stages up to itself."""
+    command = [sys.executable, str(ROOT / "pipelines" / f"{script}.py"), "--preset", "smoke", "--root", str(done[0])]
+    result = subprocess.run([*command, "--no-track"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"^(\w+): reused", result.stdout, re.MULTILINE) == list(STAGES[:count])
 
 
 def test_another_root_gets_the_same_shards(done: tuple[Path, str], tmp_path: Path) -> None:

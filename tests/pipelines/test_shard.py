@@ -11,7 +11,7 @@ from pipelines.config import Resources, ShardConfig
 from pipelines.shard import RejectedError, make_plan, prepare, safe_key, shard
 from pipelines.sources import AnySource, ImageNetSource, RecordedFramesSource
 from pipelines.sources.base import Run, SourceError, SourceIndex, SourceItem
-from pipelines.stage import Pipeline, check_space
+from pipelines.stage import Pipeline, check_space, fan_out
 from pipelines.tracking import Tracker
 from tests.pipelines.data import write_frames, write_imagenet
 from vqvae_core.artifacts import hash_bytes
@@ -126,7 +126,9 @@ def test_broken_images_are_counted_and_their_neighbours_kept(session: Session, t
 def test_too_many_rejects_stop_the_stage(session: Session, tmp_path: Path) -> None:
     write_frames(tmp_path / "frames", size=24)
     source = RecordedFramesSource(path=str(tmp_path / "frames"))
-    with pytest.raises(RejectedError, match=r"expected at most 0 rejected images of 72 .* is 24 x 24, expected 16 x 16"):
+    with pytest.raises(
+        RejectedError, match=r"expected at most 0 rejected images of 72 .* is 24 x 24, expected 16 x 16"
+    ):
         run(session, tmp_path / "root", source, SMALL)
     assert not list((tmp_path / "root").glob("*/manifest.json"))
 
@@ -142,8 +144,21 @@ def test_imagenet_archives_become_shards(session: Session, tmp_path: Path) -> No
     assert all(images.label_map[sample.key.split("_")[0]] == sample.label for sample in samples)
 
 
+@pytest.mark.slow
+def test_the_error_of_a_task_is_raised_as_itself(session: Session) -> None:
+    with pytest.raises(SourceError, match="^expected a task that works$"):
+        list(fan_out(session, fail, [{}]))
+
+
+def fail(job: dict) -> dict:
+    raise SourceError("expected a task that works")
+
+
+@pytest.mark.slow
 def test_an_empty_source(session: Session, tmp_path: Path) -> None:
     write_frames(tmp_path / "frames")
     (tmp_path / "frames" / "train.parquet").unlink()
-    with pytest.raises(SourceError, match="expected images to train on, the source has 24 images and none in the train"):
+    with pytest.raises(
+        SourceError, match="expected images to train on, the source has 24 images and none in the train"
+    ):
         run(session, tmp_path / "root", RecordedFramesSource(path=str(tmp_path / "frames")), SMALL)
