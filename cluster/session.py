@@ -13,7 +13,7 @@ class Session:
     """A connection to Ray that is made on first use and closed by `close`.
 
     Where RAY_ADDRESS is set (in a submitted job it always is) that cluster is used, else one is started on this machine
-    with all its CPUs, bound to 127.0.0.1.
+    with all its CPUs, without a dashboard. Ray's own ports listen on the node's address, behind its token.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Session:
 
             if not ray.is_initialized():
                 ray.init(
-                    address=os.environ.get("RAY_ADDRESS"),
+                    address=os.environ.get("RAY_ADDRESS") or "local",
                     include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
@@ -53,13 +53,18 @@ class Session:
                 f"expected {num_workers} GPUs (one a worker), the cluster has {gpus}; lower --resources.num-workers "
                 "or leave out --resources.use-gpu"
             )
-        each = cpus_per_worker or max(1, cpus // num_workers)
+        each = cpus_per_worker or max(1, min(cpus // num_workers, self.cpus_of_largest_node()))
         if each * num_workers > cpus:
             raise ResourceError(
                 f"expected {each * num_workers} CPUs ({num_workers} workers with {each} each), the cluster has {cpus}; "
                 "lower --resources.num-workers or --resources.cpus-per-worker"
             )
         return each
+
+    def cpus_of_largest_node(self) -> int:
+        """No task or actor can have more."""
+        nodes = self.connect().nodes()
+        return max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
 
     def close(self) -> None:
         if self._ray is not None and self._owner:

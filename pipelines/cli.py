@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
@@ -19,6 +20,7 @@ from pipelines.config import PipelineConfig, config_from_manifest
 from pipelines.presets import PRESETS
 from pipelines.ray_train import TrainingFailedError
 from vqvae_core.errors import InputError
+from vqvae_core.storage import Folder
 from vqvae_core.train import NonFiniteLossError
 
 USER_ERRORS = (InputError, ResourceError, NonFiniteLossError, TrainingFailedError)
@@ -51,7 +53,7 @@ def parse(arguments: list[str], default_preset: str = "doom84") -> Options:
                 f"expected no --source for the preset {preset}, whose frames are made live, found {own['--source']!r}; "
                 "choose another --preset"
             )
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=own["--source"]))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=Folder.of(own["--source"]).uri))
     if "--help" in rest or "-h" in rest:
         print(_usage())
     else:
@@ -90,19 +92,30 @@ def _usage() -> str:
     )
 
 
-def _dotted(config: Any, prefix: str = "") -> dict[str, type]:
-    """--option of every field of a config."""
-    found: dict[str, type] = {}
+def _dotted(config: Any, prefix: str = "") -> dict[str, str]:
+    """--option of every field of a config, and what its value must be."""
+    found: dict[str, str] = {}
     for item in dataclasses.fields(config):
         name = prefix + item.name.replace("_", "-")
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             found |= _dotted(value, f"{name}.")
         else:
-            found[f"--{name}"] = type(value)
+            found[f"--{name}"] = _expected(item.type)
             if isinstance(value, bool):
-                found[f"--{prefix}no-{item.name.replace('_', '-')}"] = bool
+                found[f"--{prefix}no-{item.name.replace('_', '-')}"] = "nothing"
     return found
+
+
+def _expected(kind: Any) -> str:
+    """A field's type in words."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (UnionType, Union):
+        return " or ".join(_expected(part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        return "one or more values"
+    return "none" if kind is type(None) else f"a value of type {getattr(kind, '__name__', kind)}"
 
 
 def _check_names(arguments: list[str], config: PipelineConfig) -> None:
@@ -137,10 +150,11 @@ def _tyro(config: PipelineConfig, arguments: list[str]) -> PipelineConfig:
 
 def _refusal(page: str) -> str | None:
     """What a config's own check said, out of the framed page that tyro makes of it."""
-    text = " ".join(line.strip("│╭╰╮╯─ ") for line in page.splitlines())
+    lines = (line.strip("│╭╰╮╯─- ") for line in page.splitlines())
+    text = " ".join(line for line in lines if line)
     found = re.search(r"Error parsing [\w.-]+: (.*?)\s*(For full helptext|$)", text)
     reason = found.group(1) if found else ""
-    return None if not reason or "Argument helptext" in reason else reason.strip("─ ")
+    return None if not reason or "Argument helptext" in reason else reason
 
 
 def _misfit(config: PipelineConfig, arguments: list[str]) -> str:
@@ -155,8 +169,8 @@ def _misfit(config: PipelineConfig, arguments: list[str]) -> str:
                 with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
                     _tyro(config, [name, value] if value else [name])
             except SystemExit:
-                kind = known[name.replace("_", "-")].__name__
-                return f"expected a value of type {kind} for {name}, found {value or 'none'}; --help explains it"
+                kind = known[name.replace("_", "-")]
+                return f"expected {kind} for {name}, found {value or 'none'}; --help explains it"
     return f"expected --FIELD VALUE pairs, found {' '.join(arguments)}; --help lists all fields"
 
 
@@ -178,6 +192,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except USER_ERRORS as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What a run is made of: recipes (what is computed; hashed) and resources (on what; never hashed)."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -40,6 +41,8 @@ class ShardConfig:
             raise ValueError(f"images_per_shard must be at least 1, was {self.images_per_shard}")
         if not 0 <= self.max_rejected_fraction <= 1:
             raise ValueError(f"max_rejected_fraction must be 0 to 1, was {self.max_rejected_fraction}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, was {self.seed}")
         for name in ("max_train_images", "max_validation_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -64,8 +67,10 @@ class SampleConfig:
             raise ValueError(
                 f"num_images and batch_size must be at least 1, were {self.num_images} and {self.batch_size}"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, was {self.temperature}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, was {self.seed}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number above 0, was {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)

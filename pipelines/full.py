@@ -5,6 +5,7 @@
 The same command again goes on where it stopped, and does nothing where all is done. --help explains every field.
 """
 
+import dataclasses
 import os
 import time
 
@@ -18,8 +19,9 @@ from pipelines.stage import Pipeline
 from pipelines.tokenize_images import tokenize_images
 from pipelines.tracking import Tracker
 from pipelines.train_prior import train_prior
-from pipelines.train_vqvae import train_vqvae
+from pipelines.train_vqvae import resolve_precision, train_vqvae
 from vqvae_core.artifacts import hash_json
+from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
 REPORT = "report.html"
@@ -29,7 +31,7 @@ def main(arguments: list[str], until: str = "sample") -> None:
     """Run the stages in order, up to and with `until`; each stage's own file runs up to itself."""
     begin = time.monotonic()
     options = cli.parse(arguments)
-    config, root = options.config, Folder.of(options.root)
+    config, root = resolve(options.config), Folder.of(options.root)
     root.check_writable()
     config.data.check()
     resolved = config_to_manifest(config)
@@ -55,6 +57,21 @@ def main(arguments: list[str], until: str = "sample") -> None:
     if until == "sample":
         _figures(pipeline)
     _summary(pipeline, tracker, time.monotonic() - begin, report is not None)
+
+
+def resolve(config: PipelineConfig) -> PipelineConfig:
+    """The config with nothing left to be found out on a machine. Raises `InputError` where its parts do not fit."""
+    schedules = {"train": config.train, "train-prior": config.train_prior}
+    for name, schedule in schedules.items():
+        if schedule.num_lanes % config.resources.num_workers:
+            raise InputError(
+                f"expected a number of workers that divides --{name}.num-lanes {schedule.num_lanes}, found "
+                f"{config.resources.num_workers}; change either of them (lanes belong to the recipe)"
+            )
+    train, train_prior = (
+        resolve_precision(schedule, use_gpu=config.resources.use_gpu) for schedule in schedules.values()
+    )
+    return dataclasses.replace(config, train=train, train_prior=train_prior)
 
 
 def _stages(pipeline: Pipeline, config: PipelineConfig, until: str) -> None:
@@ -94,7 +111,8 @@ def _summary(pipeline: Pipeline, tracker: Tracker, seconds: float, reported: boo
     share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
     print(f"done in {seconds:.1f} s{share}")
     if tracker.uri:
-        print(f"runs:   mlflow ui --backend-store-uri {tracker.uri}")
+        command = "mlflow ui --backend-store-uri " if tracker.uri.startswith("sqlite") else ""
+        print(f"runs:   {command}{tracker.place}")
     if reported:
         print(f"report: {pipeline.root.path(REPORT)}")
 

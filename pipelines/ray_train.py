@@ -1,6 +1,8 @@
 """Ray Train around a loop that knows no Ray: workers, checkpoints, restarts, and the way of metrics to the driver."""
 
+import json
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -10,7 +12,7 @@ from typing import Any
 
 from pipelines.config import Resources
 from pipelines.progress import Progress
-from pipelines.stage import Pipeline, root_cause
+from pipelines.stage import Pipeline
 from pipelines.tracking import StageRun
 from vqvae_core.checkpoint import CheckpointError, TrainingState, load_state
 from vqvae_core.errors import InputError
@@ -21,6 +23,7 @@ from vqvae_core.train import NonFiniteLossError, Worker
 Loop = Callable[[dict[str, Any], Worker, TrainingState | None], dict[str, Any]]
 _ERRORS = {"InputError": InputError, "NonFiniteLossError": NonFiniteLossError}
 _SECONDS_BETWEEN_POLLS = 0.5
+_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's own
 
 
 class TrainingFailedError(RuntimeError):
@@ -32,9 +35,17 @@ class _Board:
 
     def __init__(self) -> None:
         self._points: list[tuple[int, dict[str, float]]] = []
+        self._failure: tuple[str, str] | None = None
 
     def post(self, step: int, metrics: dict[str, float]) -> None:
         self._points.append((step, metrics))
+
+    def fail(self, kind: str, message: str) -> None:
+        self._failure = self._failure or (kind, message)
+
+    def failure(self) -> tuple[str, str] | None:
+        """What ended training for good: kind and message of an error that starting again would not mend."""
+        return self._failure
 
     def read(self, start: int) -> list[tuple[int, dict[str, float]]]:
         return self._points[start:]
@@ -79,22 +90,49 @@ def fit(
             checkpoint_config=CheckpointConfig(num_to_keep=resources.keep_checkpoints),
         ),
     )
+    _set_torn_snapshot_aside(folder / f"training-{work}")
+    value: dict[str, Any] = {}
+    handler = signal.getsignal(signal.SIGINT)
     with _Follower(board, name, settings["steps"], run):
         try:
-            result = trainer.fit()
+            value = trainer.fit().return_value or {}
         except (WorkerGroupError, ControllerError) as error:
-            for cause in map(root_cause, getattr(error, "worker_failures", {}).values()):
-                if isinstance(cause, tuple(_ERRORS.values())):
-                    raise cause from error
+            _raise_failure(board)
             reason = str(error).strip().splitlines()[-1]
             raise TrainingFailedError(
                 f"{name}: training stopped after {resources.max_failures} restarts, the last error was: {reason}; "
                 "the last checkpoint is kept, the same command goes on from it"
             ) from error
-    value: dict[str, Any] = result.return_value or {}
-    if "error" in value:
-        raise _ERRORS[value["error"]](value["message"])
+        except SystemExit:  # what Ray Train makes of Ctrl-C
+            raise KeyboardInterrupt from None
+        finally:
+            signal.signal(signal.SIGINT, handler)
+    _raise_failure(board)
+    if value["resumed_from"]:
+        print(f"{name}: went on from step {value['resumed_from']}", flush=True)
     return value
+
+
+def _raise_failure(board: Any) -> None:
+    import ray
+
+    failure = ray.get(board.failure.remote())
+    if failure is not None:
+        raise _ERRORS[failure[0]](failure[1])
+
+
+def _set_torn_snapshot_aside(folder: Folder) -> None:
+    """Ray rewrites its list of checkpoints in place: a kill in that moment leaves one that it cannot read again."""
+    try:
+        data = folder.read(_SNAPSHOT)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        json.loads(data)
+    except ValueError:
+        folder.write(f"{_SNAPSHOT}.torn", data)
+        folder.delete(_SNAPSHOT)
+        print(f"{folder.uri}: the list of checkpoints was torn by a kill and is set aside; training starts again")
 
 
 class _Follower:
@@ -138,6 +176,7 @@ class _Follower:
 
 def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs."""
+    import ray
     import ray.train
     import ray.train.torch
     import torch
@@ -178,16 +217,19 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         save=save,
     )
     begin = time.time()
+    board = config["board"]
+    if ray.get(board.failure.remote()) is not None:
+        return {}  # another rank has told why: starting again would not mend it
     try:
         state = _last_state(ray.train.get_checkpoint(), config["identity"])
         value = config["loop"](config["settings"], worker, state)
     except (InputError, NonFiniteLossError) as error:
-        if rank != 0:
-            raise  # ends the whole group: rank 0 may wait for this rank
-        # As a value: a raised error would start the workers again, to no other end.
-        name = "InputError" if isinstance(error, InputError) else "NonFiniteLossError"
-        return {"error": name, "message": str(error)}
-    return {**value, "work_seconds": time.time() - begin}
+        kind = "InputError" if isinstance(error, InputError) else "NonFiniteLossError"
+        ray.get(board.fail.remote(kind, str(error)))
+        if world_size > 1:
+            raise  # ends the whole group: other ranks may wait for this one
+        return {}
+    return {**value, "resumed_from": state.step if state else 0, "work_seconds": time.time() - begin}
 
 
 def _last_state(checkpoint: Any, identity: str) -> TrainingState | None:

@@ -55,6 +55,7 @@ def _build(
             "name": name,
             "numbers": part,
             "seed": config.seed,
+            "batch_size": config.batch_size,
             "temperature": config.temperature,
             "num_labels": len(label_map or {}),
         }
@@ -93,7 +94,12 @@ def draw_part(job: dict[str, Any]) -> dict[str, Any]:
     numbers = job["numbers"]
     labels = torch.tensor([number % job["num_labels"] for number in numbers]) if job["num_labels"] else None
     seeds = [job["seed"] + number for number in numbers]
-    tokens, nll_nats = draw(prior, seeds, labels, temperature=job["temperature"])
+    # A fixed batch, the last one filled up: a sample must not depend on how many share its batch.
+    fill = job["batch_size"] - len(seeds)
+    batch_labels = None if labels is None else torch.cat([labels, labels[-1:].expand(fill)])
+    batch_seeds = [*seeds, *[seeds[-1]] * fill]
+    tokens, nll_nats = draw(prior, batch_seeds, batch_labels, temperature=job["temperature"])
+    tokens, nll_nats = tokens[: len(seeds)], nll_nats[: len(seeds)]
     with torch.no_grad():
         pictures = vqvae.decode(tokens).numpy()
     keys = [f"sample-{seed:09d}" for seed in seeds]

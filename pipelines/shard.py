@@ -98,7 +98,6 @@ def _build(pipeline: Pipeline, source: AnySource, config: ShardConfig, space: Wo
             f"expected images to train on, the source has {index.num_images} images and none in the train split"
         )
     num_images = int((plan.shard >= 0).sum())
-    check_space(space.folder, 2 * num_images * config.image_size**2 * 3 // 2, f"{num_images} images in shards")
     spec = {
         "folder": space.folder.uri,
         "work": space.work,
@@ -108,6 +107,10 @@ def _build(pipeline: Pipeline, source: AnySource, config: ShardConfig, space: Wo
     }
     clock = WorkClock()
     missing = [number for number, name in enumerate(plan.names) if space.finished(name) is None]
+    num_missing = int(np.isin(plan.shard, missing).sum())
+    passes = 1 if source.random_access else 2  # staged images and shards lie there at the same time
+    image_bytes = config.image_size**2 * 3 // 2  # half of the raw pixels: lossless frames take less, noise more
+    check_space(space.folder, passes * num_missing * image_bytes, f"{num_missing} images in shards")
     limit = config.max_rejected_fraction * num_images
     if missing and not source.random_access:
         with Progress("shard (1 of 2: reading)", num_images, "images") as progress:
@@ -354,7 +357,7 @@ def _collect(
 ) -> Made:
     if len(records) != len(plan.names):
         raise RuntimeError(f"{len(plan.names) - len(records)} shards are missing after the fan-out")
-    files = [FileEntry(**record["file"]) for record in records]
+    files = [FileEntry(**record["file"]) for record in records if record["file"]["rows"]]
     rejects = _all_rejects(records)
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rejects, schema=_REJECT), buffer, compression="zstd")

@@ -16,6 +16,7 @@ from cluster.session import Session
 from pipelines.config import Resources
 from pipelines.tracking import StageRun, Tracker
 from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit, hash_json, reference
+from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder, StorageError
 
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
@@ -103,6 +104,8 @@ class Pipeline:
         folder = self.root / f"{stage}-{fingerprint[:12]}"
         artifact = self._reusable(folder, kind, inputs)
         reused = artifact is not None
+        if artifact is not None:
+            self.tracker.catch_up(stage, artifact)
         if artifact is None:
             work = hash_json({"fingerprint": fingerprint, "inputs": {k: reference(v) for k, v in inputs.items()}})[:16]
             # Before any work: impossible resources fail within seconds.
@@ -112,7 +115,11 @@ class Pipeline:
                 use_gpu=self.resources.use_gpu,
             )
             run = self.tracker.stage(stage, work, recipe, inputs)
-            made = build(Workspace(folder, work), run)
+            try:
+                made = build(Workspace(folder, work), run)
+            except BaseException:
+                run.fail()
+                raise
             artifact = commit(
                 folder,
                 kind=kind,
@@ -156,7 +163,7 @@ def fan_out(
 ) -> Iterator[dict[str, Any]]:
     """Run task(job) for each job over Ray Data, one row each; yields the results as they come, in no fixed order.
 
-    Jobs and results are JSON. An error of a task is raised here as itself, not as Ray's.
+    Jobs and results are JSON. An `InputError` of a task is raised here, not as Ray's.
     """
     if not jobs:
         return
@@ -169,7 +176,10 @@ def fan_out(
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task))
     try:
         for row in data.iter_rows():
-            yield json.loads(row["result"])
+            result = json.loads(row["result"])
+            if "error" in result:
+                raise InputError(result["error"])
+            yield result
     except RayError as error:
         raise root_cause(error) from error
 
@@ -181,7 +191,7 @@ def _quiet() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,10 @@ class _Run:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         begin = time.time()
-        result = self.task(json.loads(row["job"]))
+        try:
+            result = self.task(json.loads(row["job"]))
+        except InputError as error:  # as a value: Ray wraps a raised error in its own and prints it
+            result = {"error": str(error)}
         return {"result": json.dumps({**result, "begin": begin, "end": time.time()})}
 
 
@@ -262,19 +275,18 @@ def encode_shards(
 ) -> Iterator[dict[str, Any]]:
     """read(job) in CPU tasks, then encoder()(row) in actors, one row a shard; yields what they return.
 
-    job["threads"] tells an encoder how many threads it has.
+    job["threads"] tells an encoder how many threads it has. Rows and results have "error", "" where all is well.
 
     A reader keeps at least one CPU, so that readers and encoders cannot wait for each other.
     """
     if not jobs:
         return
     session.connect()
-    import ray
     import ray.data
     from ray.exceptions import RayError
 
-    cpus = int(ray.cluster_resources().get("CPU", 1))
-    actors = min(len(jobs), resources.num_workers if resources.use_gpu else 1)
+    cpus = session.cpus_of_largest_node()
+    actors = min(len(jobs), resources.num_workers if resources.use_gpu else 1, max(1, cpus - 1))
     threads = max(1, (cpus - 1) // actors)
     _quiet()
     rows = [{"job": json.dumps({**job, "threads": threads})} for job in jobs]
@@ -286,9 +298,10 @@ def encode_shards(
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
     try:
-        begin = time.time()
         for row in data.iter_rows():
-            yield {**row, "begin": begin, "end": time.time()}
+            if row["error"]:
+                raise InputError(row["error"])
+            yield row
     except RayError as error:
         raise root_cause(error) from error
 

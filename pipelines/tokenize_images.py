@@ -5,6 +5,7 @@ Named so that it does not hide Python's own `tokenize` when it is run as a scrip
 """
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from pipelines.train_vqvae import load_vqvae
 from vqvae_core.artifacts import Artifact, FileEntry
+from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import KIND, TokenShape, TokenShards, write_parquet
@@ -49,6 +51,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
         "model": model.folder.uri,
         "out": space.folder.uri,
         "work": space.work,
+        "use_gpu": pipeline.resources.use_gpu,
     }
     with Progress("tokenize", total, "images", done=done) as progress:
         jobs = [{**spec, "name": name} for name in missing]
@@ -73,12 +76,19 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
 
 def read_shard(job: dict[str, Any]) -> dict[str, Any]:
     """Read and decode one image shard: one row, with all its pixels."""
+    row = {"job": json.dumps(job), "pixels": b"", "shape": "[]", "keys": "[]", "labels": "[]", "error": ""}
+    try:
+        return row | _read(job)
+    except InputError as error:
+        return row | {"error": str(error)}
+
+
+def _read(job: dict[str, Any]) -> dict[str, Any]:
     images = ImageShards.open(Folder(job["images"]))
     samples = images.read(f"{job['name']}.tar")
     pixels = np.stack([sample.pixels() for sample in samples])
     labels = [sample.label for sample in samples]
     return {
-        "job": json.dumps(job),
         "pixels": pixels.tobytes(),
         "shape": json.dumps(pixels.shape),
         "keys": json.dumps([sample.key for sample in samples]),
@@ -98,15 +108,23 @@ class Encoder:
         torch.set_num_threads(job["threads"])
         artifact = Artifact.open(Folder(job["model"]))
         self._fingerprint, self._precision = artifact.manifest.fingerprint, artifact.facts["precision"]
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = "cuda" if job["use_gpu"] else "cpu"
         model = load_vqvae(artifact)
         to_device(model, self._device)
         self._model = model
         return model
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        job = json.loads(row["job"])
+        if row["error"]:
+            return {"rows": 0, "begin": 0.0, "end": 0.0, "error": row["error"]}
+        try:
+            return self._write(row, json.loads(row["job"])) | {"end": time.time(), "error": ""}
+        except InputError as error:
+            return {"rows": 0, "begin": 0.0, "end": 0.0, "error": str(error)}
+
+    def _write(self, row: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         model = self._load(job)
+        begin = time.time()
         pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(json.loads(row["shape"]))
         tokens = torch.cat(list(self._encode(model, pixels))).numpy()[..., None]
         shape = TokenShape(
@@ -120,7 +138,7 @@ class Encoder:
         folder.write(f"{name}.parquet", data)
         file = FileEntry.of(f"{name}.parquet", data, rows=len(tokens))
         write_sidecar(folder, job["work"], name, file)
-        return {"rows": len(tokens)}
+        return {"rows": len(tokens), "begin": begin}
 
     @torch.no_grad()
     def _encode(self, model: VQVAE, pixels: torch.Tensor) -> Iterator[torch.Tensor]:

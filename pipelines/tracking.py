@@ -3,10 +3,12 @@
 The driver owns all runs and logs for all workers, in batches. Tracking that fails never stops the work and says so.
 """
 
+import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,13 +45,21 @@ class Tracker:
         except Exception as error:  # a store can fail in any way; none of them may stop training
             self._failed = True
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"tracking: off for the rest of this run, {self.uri} failed: {reason}", flush=True)
+            print(f"tracking: off for the rest of this run, {self.place} failed: {reason}", flush=True)
             return None
+
+    @property
+    def place(self) -> str:
+        """The store without user and password."""
+        return re.sub(r"//[^/@]*@", "//***@", self.uri)
 
     @property
     def client(self) -> Any:
         if self._client is None:
             os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+            # A server that is down is given up within seconds, not minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
             import logging
 
             logging.getLogger("alembic").setLevel(logging.ERROR)
@@ -116,6 +126,24 @@ class Tracker:
             self.client.log_inputs(run_id, datasets=datasets)
         return run_id
 
+    def catch_up(self, stage: str, artifact: Artifact) -> None:
+        """Finish the run of a reused artifact, where a kill came between the artifact and its run's end."""
+        run_id = artifact.manifest.provenance["mlflow_run"]
+        if run_id:
+            self.attempt(lambda: self._catch_up(stage, run_id, artifact))
+
+    def _catch_up(self, stage: str, run_id: str, artifact: Artifact) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            status = self.client.get_run(run_id).info.status
+        except MlflowException:  # the artifact was made with another store
+            return
+        if status != "FINISHED":
+            run = StageRun(self, stage)
+            run.run_id = run_id
+            run.finish(artifact)
+
     def finish(self, status: str, report: bytes | None = None) -> None:
         """End the parent run: FINISHED, FAILED or KILLED."""
         if not self._parent:
@@ -128,7 +156,7 @@ class Tracker:
         if self._parent:
             self.attempt(lambda: self._log_metrics(self._parent, [(0, metrics)]))
 
-    def _log_metrics(self, run_id: str, points: list[tuple[int, Mapping[str, float]]]) -> None:
+    def _log_metrics(self, run_id: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -149,11 +177,17 @@ class StageRun:
         self._tracker, self._name = tracker, name
         self.run_id: str | None = None
 
-    def log(self, points: list[tuple[int, Mapping[str, float]]]) -> None:
+    def log(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Points of curves: (step, metrics)."""
         run_id = self.run_id
         if points and run_id is not None:
             self._tracker.attempt(lambda: self._tracker._log_metrics(run_id, points))
+
+    def fail(self) -> None:
+        """End the run as failed: the same command goes on with it."""
+        run_id = self.run_id
+        if run_id is not None:
+            self._tracker.attempt(lambda: self._tracker.client.set_terminated(run_id, status="FAILED"))
 
     def finish(self, artifact: Artifact) -> None:
         """Log the artifact's numbers and pictures, register it where it is a model, and end the run."""
@@ -166,6 +200,8 @@ class StageRun:
         numbers = {f"final.{name}": value for name, value in _flat(artifact.facts).items() if _is_number(value)}
         seconds = {f"{name}": artifact.manifest.provenance[name] for name in ("seconds", "work_seconds")}
         self._tracker._log_metrics(run_id, [(0, {**numbers, **seconds})])
+        if "history.json" in artifact.files:
+            self._fill(run_id, json.loads(artifact.read("history.json")))
         client.set_tag(run_id, "artifact", artifact.folder.uri)
         client.set_tag(run_id, "artifact.content", artifact.manifest.content)
         _log_file(client, run_id, "manifest.json", artifact.manifest.dump())
@@ -175,6 +211,14 @@ class StageRun:
         if any(path == "model.safetensors" for path in artifact.files):
             self._register(run_id, artifact)
         client.set_terminated(run_id, status="FINISHED")
+
+    def _fill(self, run_id: str, history: list[dict[str, float]]) -> None:
+        """Log the points that a kill kept from the store."""
+        first = next(name for name in history[0] if name != "step")
+        known = {metric.step for metric in self._tracker.client.get_metric_history(run_id, first)}
+        points = [(int(point["step"]), {name: value for name, value in point.items() if name != "step"})
+                  for point in history if point["step"] not in known]  # fmt: skip
+        self._tracker._log_metrics(run_id, points)
 
     def _register(self, run_id: str, artifact: Artifact) -> None:
         """Log the weights with their config and register them, with the alias `newest`."""

@@ -11,7 +11,7 @@ from pipelines import ray_train
 from pipelines.config import PipelineConfig, recipe_of
 from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
-from pipelines.train_vqvae import resolve_precision, write_files
+from pipelines.train_vqvae import write_files
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.checkpoint import TrainingState, config_from_json, load_model, save_model
 from vqvae_core.errors import InputError
@@ -37,7 +37,7 @@ _VALIDATION_IMAGES = 256
 
 def train_prior(pipeline: Pipeline, config: PipelineConfig, tokens: TokenShards) -> Artifact:
     """The prior of token shards, conditional where they have labels. Facts: its bits on the validation split."""
-    schedule = resolve_precision(config.train_prior, use_gpu=config.resources.use_gpu)
+    schedule = config.train_prior
     recipe = {"model": recipe_of(config.prior), "train": recipe_of(schedule)}
     settings = {
         "tokens": tokens.artifact.folder.uri,

@@ -33,8 +33,11 @@ _BITS_PER_RGB_PIXEL = 24
 
 
 def train_vqvae(pipeline: Pipeline, config: PipelineConfig, images: ImageShards) -> Artifact:
-    """The VQ-VAE of image shards. Facts: K, D, image_size, precision, and its figures on the validation split."""
-    schedule = resolve_precision(config.train, use_gpu=config.resources.use_gpu)
+    """The VQ-VAE of image shards; the config is resolved: its precision is not auto.
+
+    Facts: K, D, image_size, precision, and its figures on the validation split.
+    """
+    schedule = config.train
     recipe = {"model": recipe_of(config.vqvae), "train": recipe_of(schedule)}
     settings = {
         "images": images.artifact.folder.uri,

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_CHUNK = 256  # images at a time in float64
+
 
 class PooledPSNR:
     """PSNR from the mean squared error over every pixel value of every image (not the mean of PSNRs), peak 255."""
@@ -15,10 +17,11 @@ class PooledPSNR:
         self.num_values = 0
 
     def add(self, pixels: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> None:
-        """Two uint8 arrays of one shape."""
-        difference = torch.as_tensor(pixels).to(torch.float64) - torch.as_tensor(reference).to(torch.float64)
-        self.squared_error += float(difference.square().sum())
-        self.num_values += difference.numel()
+        """Two uint8 arrays of one shape, (N, ...)."""
+        found, expected = torch.as_tensor(pixels), torch.as_tensor(reference)
+        for part, other in zip(found.split(_CHUNK), expected.split(_CHUNK), strict=True):
+            self.squared_error += float((part.to(torch.float64) - other.to(torch.float64)).square().sum())
+            self.num_values += part.numel()
 
     @property
     def decibels(self) -> float:

@@ -4,6 +4,7 @@ Local: a temporary name in the same folder, fsync, rename. S3: one put of a fini
 dropped half-way still publishes what it got, so streams are never used for output).
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -107,7 +108,8 @@ class Folder:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise _explain(error, path.parent, len(data)) from error
 
     def delete(self, name: str) -> None:
@@ -153,7 +155,7 @@ class Folder:
 
 
 def _explain(error: OSError, folder: Path, num_bytes: int) -> OSError | StorageError:
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
             f"no space left in {folder}: {num_bytes} more bytes were needed; free some space and run the same "
             "command again, what is finished is kept"

@@ -37,6 +37,8 @@ class StreamConfig:
         for name in ("batch_size", "num_lanes", "shuffle_window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, was {self.seed}")
         if self.batch_size % self.num_lanes:
             raise ValueError(
                 f"num_lanes must divide batch_size {self.batch_size}, was {self.num_lanes}; "

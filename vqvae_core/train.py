@@ -44,8 +44,8 @@ class TrainConfig(StreamConfig):
         for name in ("steps", "log_every", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, was {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a number above 0, was {self.learning_rate}")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"beta2 must lie between 0 and 1, was {self.beta2}")
         if self.warmup_steps < 0:
@@ -218,6 +218,7 @@ def _one_step(
         reduced = parts[len(parameters) : len(parameters) + len(metrics)]
         metrics = {name: part / worker.world_size for name, part in zip(metrics, reduced, strict=True)}
         statistics = parts[len(parameters) + len(metrics) :]
+    metrics["gradient_norm"] = torch.nn.utils.get_total_norm([_gradient(parameter) for parameter in parameters])
     optimizer.step()
     task.after_step(statistics, step, optimizer)
     return metrics

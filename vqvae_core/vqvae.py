@@ -1,5 +1,6 @@
 """The VQ-VAE of arXiv:1711.00937: two strided convolutions and two residual blocks on each side of a table of codes."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -41,10 +42,10 @@ class VQVAEConfig:
             raise ValueError(f"stem_channels must be at least 1, was {self.stem_channels}")
         if self.num_residual_blocks < 0:
             raise ValueError(f"num_residual_blocks must be 0 or more, was {self.num_residual_blocks}")
-        if self.commitment_cost < 0:
-            raise ValueError(f"commitment_cost must be 0 or more, was {self.commitment_cost}")
-        if self.sigma <= 0:
-            raise ValueError(f"sigma must be above 0, was {self.sigma}")
+        if not 0 <= self.commitment_cost < math.inf:
+            raise ValueError(f"commitment_cost must be a number, 0 or more, was {self.commitment_cost}")
+        if not 0 < self.sigma < math.inf:
+            raise ValueError(f"sigma must be a number above 0, was {self.sigma}")
 
 
 class ResidualBlock(nn.Module):

@@ -101,7 +101,7 @@ def _members(file: pa.NativeFile, start: int, size: int | None, where: str) -> I
                 f"expected a tar at {where}, found a broken header at byte {position}: {error}"
             ) from error
         data = position + tarfile.BLOCKSIZE
-        if data + member.size > stop or member.size > max(_MAX_IMAGE_BYTES, (size is None) * stop):
+        if member.size < 0 or data + member.size > stop or member.size > max(_MAX_IMAGE_BYTES, (size is None) * stop):
             raise SourceError(f"expected a complete tar at {where}, it ends inside {member.name!r}")
         if member.isreg():
             yield member.name, data, member.size

@@ -47,7 +47,31 @@ class RecordedFramesSource:
             raise SourceError(
                 f"expected the columns {', '.join(_COLUMNS)} in {self.path}/{name}, missing: {', '.join(missing)}"
             )
+        schema = file.schema_arrow
+        image = schema.field("image").type
+        if not (pa.types.is_struct(image) and {"bytes", "path"} <= {image.field(n).name for n in range(len(image))}):
+            raise SourceError(f"expected `image` as a struct of bytes and path in {self.path}/{name}, found {image}")
+        for column in ("episode", "step"):
+            if not pa.types.is_integer(schema.field(column).type):
+                found = schema.field(column).type
+                raise SourceError(f"expected integers in `{column}` of {self.path}/{name}, found {found}")
         return file
+
+    def _rows(self, file: pq.ParquetFile, name: str, group: int, columns: Sequence[str]) -> pa.Table:
+        try:
+            table = file.read_row_group(group, columns=list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(
+                f"expected to read row group {group} of {self.path}/{name}, but: {str(error).splitlines()[0]}; "
+                "restore the file or move it out of the folder"
+            ) from error
+        for column in set(columns) - {"image"}:
+            if table[column].null_count:
+                raise SourceError(
+                    f"expected a value in every row of `{column}`, row group {group} of {self.path}/{name} has "
+                    f"{table[column].null_count} nulls; leave those rows out"
+                )
+        return table
 
     def check(self) -> None:
         self._open(self._files()[0][0])
@@ -62,7 +86,7 @@ class RecordedFramesSource:
         for name in names:
             file = self._open(name)
             for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=["level", "episode"])
+                table = self._rows(file, name, group, ["level", "episode"])
                 levels.update(table["level"].to_pylist())
                 if given:
                     split = np.full(table.num_rows, name in given)
@@ -76,6 +100,8 @@ class RecordedFramesSource:
                 position.append(np.arange(table.num_rows, dtype=np.int32))
                 validation.append(split)
                 runs.append(Run(name=f"{name}#{group}", locator={"file": name, "group": group}))
+        if not runs:
+            raise SourceError(f"expected frames in the Parquet files at {self.path}, found no row")
         return SourceIndex(
             runs=tuple(runs),
             run=np.concatenate(run),
@@ -85,16 +111,17 @@ class RecordedFramesSource:
         )
 
     def read(self, run: Run, positions: Sequence[int] | None = None) -> Iterator[SourceItem]:
-        table = self._open(run.locator["file"]).read_row_group(run.locator["group"], columns=list(_COLUMNS))
+        name = run.locator["file"]
+        table = self._rows(self._open(name), name, run.locator["group"], _COLUMNS)
         wanted = range(table.num_rows) if positions is None else positions
         for position in wanted:
             image, level, episode, step = (table[column][position].as_py() for column in _COLUMNS)
             yield SourceItem(
                 position=position,
                 key=f"{level}-{episode}-{step:06d}",
-                image=image["bytes"],
+                image=(image or {}).get("bytes") or b"",
                 level=level,
-                facts={"episode": episode, "step": step, "source": image["path"]},
+                facts={"episode": episode, "step": step, "source": (image or {}).get("path")},
             )
 
 

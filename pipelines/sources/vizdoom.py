@@ -47,6 +47,8 @@ class ViZDoomSource:
                 raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
         if self.validation_episodes_per_map < 0:
             raise ValueError(f"validation_episodes_per_map must be 0 or more, was {self.validation_episodes_per_map}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, was {self.seed}")
         if not self.maps:
             raise ValueError("maps must name at least one Freedoom map, for example E1M3 or MAP08")
         for name in self.maps:
@@ -124,7 +126,11 @@ def _open_game(level: str, seed: int, place: str) -> Any:
     game.add_game_args("-nomonsters +god 1 +con_midtime 0")  # nothing ends an episode, no centred messages
     game.set_episode_timeout(0)
     game.set_seed(seed)
-    game.init()
+    try:
+        game.init()
+    except Exception as error:  # the engine's own errors have no common kind
+        reason = " ".join(str(error).split())
+        raise SourceError(f"expected the ViZDoom engine to start with map {level}, but: {reason}") from error
     return game
 
 

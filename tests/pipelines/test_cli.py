@@ -35,6 +35,10 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
         (["--train.step", "3"], r"found --train.step \(did you mean --train.steps\?\); --help lists all fields"),
         (["--train.steps", "many"], "expected a value of type int for --train.steps, found many"),
         (["--train.steps"], "expected a value of type int for --train.steps, found none"),
+        (["--shard.resize", "squash"], "expected one of crop, exact for --shard.resize, found squash"),
+        (["--shard.max-train-images", "x"], "expected a value of type int or none for --shard.max-train-images"),
+        (["--data.maps"], "maps must name at least one Freedoom map, for example E1M3 or MAP08$"),
+        (["--train.learning-rate", "nan"], "learning_rate must be a number above 0, was nan"),
         (["--train.steps", "0"], "steps must be at least 1, was 0"),
         (["--train.batch-size", "10"], "num_lanes must divide batch_size 10, was 4; the largest that does is 2"),
         (["--shard.image-size", "83"], "image_size must be a multiple of 4, was 83"),
@@ -86,6 +90,10 @@ def test_help_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--preset", "nothing"], ["expected a preset out of", "found 'nothing'"]),
         (["--nothing", "1"], ["expected a field of the config, found --nothing"]),
+        (
+            ["--preset", "smoke", "--resources.num-workers", "3"],
+            ["expected a number of workers that divides", "found 3"],
+        ),
         (["--preset", "dmlab84"], ["expected the place of recorded frames", "name it with --source PATH"]),
         (
             ["--preset", "dmlab84", "--source", "/nowhere"],
@@ -93,8 +101,8 @@ def test_help_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (["--preset", "smoke", "--root", "/proc/nothing"], ["expected a folder that can be written at /proc"]),
         (
-            ["--preset", "smoke", "--resources.num-workers", "64"],
-            ["expected 64 CPUs (64 workers with 1 each), the cluster has", "lower --resources.num-workers"],
+            ["--preset", "smoke", "--resources.num-workers", "4", "--resources.cpus-per-worker", "9999"],
+            ["expected 39996 CPUs (4 workers with 9999 each), the cluster has", "lower --resources.num-workers"],
         ),
     ],
 )

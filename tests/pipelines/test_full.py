@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -124,9 +125,8 @@ def test_another_root_gets_the_same_shards(done: tuple[Path, str], tmp_path: Pat
     one, other = artifacts(root), artifacts(tmp_path)
     assert one["shard"].files == other["shard"].files
     assert one["train_vqvae"].manifest.fingerprint == other["train_vqvae"].manifest.fingerprint
-    if one["train_vqvae"].manifest.content == other["train_vqvae"].manifest.content:
-        assert one["tokenize"].files == other["tokenize"].files
-        assert one["sample"].files == other["sample"].files
+    for stage in STAGES[1:]:
+        assert one[stage].files == other[stage].files
 
 
 def test_a_changed_field_remakes_what_depends_on_it(done: tuple[Path, str]) -> None:
@@ -235,31 +235,79 @@ def has(pattern: str):
     return lambda root: any(root.glob(pattern))
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "shard-*/staging/sidecars/run-*.json",
-        "shard-*/sidecars/train-000000.json",
-        "train_vqvae-*/training-*/step-*",
-        "tokenize-*/sidecars/*.json",
-        "train_prior-*/training-*/step-*",
-        "sample-*/sidecars/part-000000.json",
-    ],
-)
-def test_a_killed_driver_goes_on(done: tuple[Path, str], tmp_path: Path, pattern: str) -> None:
+def has_checkpoint(stage: str):
+    """Ray Train has committed a checkpoint of the stage."""
+
+    def ready(root: Path) -> bool:
+        return any("step-" in path.read_text() for path in root.glob(f"{stage}-*/training-*/*snapshot.json"))
+
+    return ready
+
+
+KILLS = {
+    "reading": has("shard-*/staging/sidecars/run-*.json"),
+    "shard": has("shard-*/sidecars/train-000000.json"),
+    "train_vqvae": has_checkpoint("train_vqvae"),
+    "tokenize": has("tokenize-*/sidecars/*.json"),
+    "train_prior": has_checkpoint("train_prior"),
+    "sample": has("sample-*/sidecars/part-000000.json"),
+}
+
+
+@pytest.mark.parametrize("where", KILLS)
+def test_a_killed_driver_goes_on(done: tuple[Path, str], tmp_path: Path, where: str) -> None:
     """Nothing finished is done again, and the shards and tokens are those of an uninterrupted run."""
     root = tmp_path / "root"
-    steps = ["--train.steps", "60", "--train-prior.steps", "60", "--no-track"]
-    kill_when(root, has(pattern), *steps)
-    finished = {path: path.stat().st_mtime_ns for path in root.rglob("sidecars/*.json")}
+    steps = ["--train.steps", "600", "--train-prior.steps", "400", "--no-track"]
+    kill_when(root, KILLS[where], *steps)
+    sidecars = {path: path.stat().st_mtime_ns for path in root.rglob("sidecars/*.json") if "staging" not in path.parts}
     manifests = {path: path.stat().st_mtime_ns for path in root.glob(f"*/{MANIFEST}")}
     result = smoke(root, *steps)
     assert result.returncode == 0, result.stdout + result.stderr
     assert {path: path.stat().st_mtime_ns for path in manifests} == manifests
-    kept = {path: stamp for path, stamp in finished.items() if path.exists()}
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert {path: path.stat().st_mtime_ns for path in sidecars} == sidecars
+    assert set(re.findall(r"^(\w+): reused", result.stdout, re.MULTILINE)) == {
+        path.parent.name.rsplit("-", 1)[0] for path in manifests
+    }
+    if where.startswith("train"):
+        assert re.search(rf"^{where}: went on from step [1-9]\d*$", result.stdout, re.MULTILINE)
     made = artifacts(root)
     assert made["shard"].files == artifacts(done[0])["shard"].files
-    for stage in ("train_vqvae", "train_prior"):
+    for stage, last in (("train_vqvae", 600), ("train_prior", 400)):
         history = json.loads(made[stage].read("history.json"))
-        assert [point["step"] for point in history] == list(range(4, 64, 4))
+        assert [point["step"] for point in history] == list(range(4, last + 4, 4))
+    if where == "tokenize":  # the same model makes the same tokens, interrupted or not
+        shutil.rmtree(made["tokenize"].folder.uri)
+        assert smoke(root, *steps).returncode == 0
+        assert artifacts(root)["tokenize"].files == made["tokenize"].files
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "sample"])
+def test_a_flipped_byte_that_a_task_finds(done: tuple[Path, str], tmp_path: Path, stage: str) -> None:
+    copy = tmp_path / "root"
+    subprocess.run(["cp", "-r", str(done[0]), str(copy)], check=True)
+    for path in copy.glob(f"{stage}-*"):
+        shutil.rmtree(path)
+    path = next(copy.glob("train_vqvae-*")) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert_one_line(smoke(copy, "--no-track"), "expected sha256", "for model.safetensors", "restore the file")
+
+
+def test_two_workers(done: tuple[Path, str], tmp_path: Path) -> None:
+    """Two ranks with one CPU each, in fp32, come to what one rank comes to, up to the order of sums."""
+    figures = []
+    for number in (1, 2):
+        copy = tmp_path / str(number)
+        copy.mkdir()
+        shutil.copytree(
+            artifacts(done[0])["shard"].folder.uri, copy / Path(artifacts(done[0])["shard"].folder.uri).name
+        )
+        command = [sys.executable, str(ROOT / "pipelines" / "train_vqvae.py"), "--preset", "smoke", "--root", str(copy)]
+        options = ["--no-track", "--train.precision", "fp32", "--resources.num-workers", str(number)]
+        result = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0, result.stdout + result.stderr
+        figures.append(artifacts(copy)["train_vqvae"])
+    assert figures[0].manifest.fingerprint == figures[1].manifest.fingerprint
+    assert figures[0].facts["psnr_db"] == pytest.approx(figures[1].facts["psnr_db"], abs=0.05)

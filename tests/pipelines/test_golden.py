@@ -76,7 +76,7 @@ def tokens_of(root: Folder) -> dict[str, tuple[bytes, int]]:
     encoder = Encoder()
     for name in ("train-000000", "validation-000000"):
         job = {"images": images(root).folder.uri, "model": vqvae(root).folder.uri, "out": (root / "t").uri, "work": "w",
-               "name": name, "threads": 1}  # fmt: skip
+               "name": name, "threads": 1, "use_gpu": False}  # fmt: skip
         rows = encoder(read_shard(job))["rows"]
         made[f"{name}.parquet"] = ((root / "t").read(f"{name}.parquet"), rows)
     return made
@@ -129,7 +129,8 @@ def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
     files = {"model.safetensors": (save_model(prior), 0), "config.json": (json.dumps(config).encode(), 0)}
     made = artifact(root / "pm", "PriorModel", files, {})
     job = {"prior": made.folder.uri, "vqvae": vqvae(root).folder.uri, "out": (root / "s").uri, "work": "w",
-           "name": "part-000000", "numbers": [0, 1, 2], "seed": 5, "temperature": 0.9, "num_labels": 2}  # fmt: skip
+           "name": "part-000000", "numbers": [0, 1, 2], "seed": 5, "batch_size": 4, "temperature": 0.9,
+           "num_labels": 2}  # fmt: skip
     sample.draw_part(job)
     table = read_parquet((root / "s").read("part-000000.parquet"), "here")
     assert table.labels.tolist() == [0, 1, 0]

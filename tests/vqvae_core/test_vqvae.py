@@ -74,7 +74,7 @@ def test_the_defaults_are_the_papers() -> None:
 
 
 def test_bad_values() -> None:
-    with pytest.raises(ValueError, match="sigma must be above 0, was 0"):
+    with pytest.raises(ValueError, match="sigma must be a number above 0, was 0"):
         VQVAEConfig(sigma=0.0)
     with pytest.raises(ValueError, match="hidden_channels must be at least 1"):
         VQVAEConfig(hidden_channels=0)
