@@ -21,6 +21,11 @@ class Session:
         self._owner = False
 
     @property
+    def alone(self) -> bool:
+        """Ray runs on this machine, for this program."""
+        return self._owner and not os.environ.get("RAY_ADDRESS")
+
+    @property
     def started(self) -> bool:
         return self._ray is not None
 
@@ -29,7 +34,6 @@ class Session:
         if self._ray is None:
             # Ray's own lines about its logs and metrics are not this program's output.
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
             import ray
 

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -291,12 +292,17 @@ def encode_shards(
     _quiet()
     rows = [{"job": json.dumps({**job, "threads": threads})} for job in jobs]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
-    data = data.map(_Read(read), num_cpus=0.5 if cpus == 1 else 1).map(
-        encoder,
-        num_cpus=0.5 if cpus == 1 else threads,
-        num_gpus=1 if resources.use_gpu else 0,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-    )
+    # Elsewhere a node may go and its actors start again on another. Here that would only make Ray print a warning.
+    options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0} if session.alone else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # these two have no other way in, yet
+        data = data.map(_Read(read), num_cpus=0.5 if cpus == 1 else 1).map(
+            encoder,
+            num_cpus=0.5 if cpus == 1 else threads,
+            num_gpus=1 if resources.use_gpu else 0,
+            compute=ray.data.ActorPoolStrategy(size=actors),
+            **options,
+        )
     try:
         for row in data.iter_rows():
             if row["error"]:

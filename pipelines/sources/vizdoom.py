@@ -6,7 +6,7 @@ The engine, the Freedoom worlds (BSD) and the renderer come with the `vizdoom` p
 import importlib.metadata
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import chdir, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,7 +106,7 @@ def _open_game(level: str, seed: int, place: str) -> Any:
     game = vizdoom.DoomGame()
     game.set_doom_game_path(str(Path(vizdoom.__file__).parent / _world_of(level)))
     game.set_doom_map(level)
-    game.set_doom_config_path(str(Path(place) / "engine.ini"))  # else it writes one where the program was started
+    game.set_doom_config_path(str(Path(place) / "engine.ini"))
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_320X240)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
     for overlay in ("hud", "minimal_hud", "weapon", "crosshair", "messages", "screen_flashes"):
@@ -127,7 +127,8 @@ def _open_game(level: str, seed: int, place: str) -> Any:
     game.set_episode_timeout(0)
     game.set_seed(seed)
     try:
-        game.init()
+        with chdir(place):  # the engine makes a folder where it is started
+            game.init()
     except Exception as error:  # the engine's own errors have no common kind
         reason = " ".join(str(error).split())
         raise SourceError(f"expected the ViZDoom engine to start with map {level}, but: {reason}") from error
