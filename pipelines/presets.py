@@ -49,7 +49,7 @@ DOOM84 = PipelineConfig(
 DMLAB84 = PipelineConfig(
     data=RecordedFramesSource(),
     shard=ShardConfig(image_size=84, resize="exact"),
-    vqvae=VQVAEConfig(quantizer=QuantizerConfig(num_codes=512, code_dim=64)),
+    vqvae=VQVAEConfig(quantizer=QuantizerConfig(num_codes=512, code_dim=64, revive_every=200)),
     train=_PAPER_TRAIN,
     prior=PixelCNNConfig(),
     train_prior=_PAPER_TRAIN,
@@ -60,7 +60,7 @@ DMLAB84 = PipelineConfig(
 IMAGENET128 = PipelineConfig(
     data=ImageNetSource(),
     shard=ShardConfig(image_size=128, image_format="jpg"),
-    vqvae=VQVAEConfig(quantizer=QuantizerConfig(num_codes=512, code_dim=64)),
+    vqvae=VQVAEConfig(quantizer=QuantizerConfig(num_codes=512, code_dim=64, revive_every=200)),
     train=_PAPER_TRAIN,
     prior=PixelCNNConfig(channels=256, num_layers=20),
     train_prior=_PAPER_TRAIN,
