@@ -29,6 +29,7 @@ KIND = "VQVAEModel"
 RECONSTRUCTIONS = "reconstructions.png"
 _VALIDATION_IMAGES = 256  # for the curves; the final figures are over the whole split
 _PICTURES = 16
+_COLUMNS = 8
 _BITS_PER_RGB_PIXEL = 24
 
 
@@ -121,7 +122,8 @@ def _finish(
     same_bits_side = max(1, round((sites * sites * np.log2(num_codes) / _BITS_PER_RGB_PIXEL) ** 0.5))
     chosen = torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()
     pictures, _ = reconstruct(model, pixels[chosen], schedule.precision, worker.device)
-    sheet = grid(torch.cat([pixels[chosen], pictures]).numpy(), len(chosen))
+    pairs = zip(pixels[chosen].split(_COLUMNS), pictures.split(_COLUMNS), strict=True)
+    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(chosen)))
     facts = {
         "K": num_codes,
         "D": model.config.quantizer.code_dim,
