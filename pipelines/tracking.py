@@ -79,8 +79,7 @@ class Tracker:
         experiment = self.client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             location = f"file://{self._root.path('mlartifacts')}" if self.uri.startswith("sqlite") else None
-            tags = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's page opens on training runs
-            self._experiment = self.client.create_experiment(EXPERIMENT, artifact_location=location, tags=tags)
+            self._experiment = self.client.create_experiment(EXPERIMENT, artifact_location=location)
         else:
             self._experiment = experiment.experiment_id
         self._parent = self._find("pipeline.fingerprint", self._fingerprint) or ""
