@@ -25,6 +25,8 @@ class ShardConfig:
     """png and webp keep every bit; jpg (quality 95, 4:4:4) saves space."""
     images_per_shard: int = 1024
     """Images in a shard; the last one of a split may have fewer."""
+    mix_images: int = 1 << 21
+    """Images that are permuted together. A larger source is cut into groups of whole runs, drawn by the seed."""
     max_rejected_fraction: float = 0.01
     """Above this share of rejected images the stage fails and shows them."""
     max_train_images: int | None = None
@@ -39,6 +41,10 @@ class ShardConfig:
             raise ValueError(f"image_size must be a multiple of {STRIDE}, was {self.image_size}")
         if self.images_per_shard < 1:
             raise ValueError(f"images_per_shard must be at least 1, was {self.images_per_shard}")
+        if self.mix_images < self.images_per_shard:
+            raise ValueError(
+                f"mix_images must be at least images_per_shard {self.images_per_shard}, was {self.mix_images}"
+            )
         if not 0 <= self.max_rejected_fraction <= 1:
             raise ValueError(f"max_rejected_fraction must be 0 to 1, was {self.max_rejected_fraction}")
         if self.seed < 0:

@@ -5,36 +5,54 @@ engines), a first pass reads each run once and stages its small images, sorted b
 """
 
 import dataclasses
+import functools
 import io
 import json
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+from PIL import Image
 
 from pipelines.config import ShardConfig, recipe_of
+from pipelines.data_report import REPORT, SHEET, DataReport, Origin, contact_sheet, summarize
+from pipelines.index import (
+    KEY_CHARACTERS,
+    Entries,
+    SourceIndex,
+    make_index,
+    safe_key,
+    source_from_json,
+    source_to_json,
+    to_parquet,
+)
+from pipelines.plan import SPLITS, Plan, PlannedShard, make_plan
 from pipelines.progress import Progress
-from pipelines.sources import SOURCES, AnySource
-from pipelines.sources.base import Run, SourceError, SourceIndex, SourceItem
+from pipelines.sources import AnySource
+from pipelines.sources.base import Entry, Run, SourceError, SourceItem, readable
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, check_space, fan_out, read_sidecar, write_sidecar
-from pipelines.tracking import StageRun
-from vqvae_core.artifacts import FileEntry, hash_bytes
+from vqvae_core.artifacts import Artifact, FileEntry, hash_bytes
 from vqvae_core.checkpoint import config_from_json
 from vqvae_core.errors import InputError
-from vqvae_core.image_shards import KIND, ImageShards, Sample, write_tar
-from vqvae_core.images import ImageError, decode, encode, resize_and_crop
+from vqvae_core.image_shards import KIND, ImageShards, Sample, read_tar, write_tar
+from vqvae_core.images import ImageError, Picture, encode, load, resize_and_crop
 from vqvae_core.storage import Folder
-from vqvae_core.stream import permutation
 
-VERSION = 1
-SPLITS = ("train", "validation")
+VERSION = 2
 REJECTS = "rejects.parquet"
+STAGING = "staging"
 _STAGED = pa.schema(
-    [("shard", pa.int32()), ("place", pa.int32()), ("key", pa.string()), ("data", pa.binary()), ("facts", pa.string())]
+    [
+        ("place", pa.int32()),
+        ("key", pa.string()),
+        ("data", pa.binary()),
+        ("facts", pa.string()),
+        ("origin", pa.string()),
+    ]
 )
 _REJECT = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
 
@@ -45,338 +63,425 @@ class RejectedError(InputError):
 
 def shard(pipeline: Pipeline, source: AnySource, config: ShardConfig) -> ImageShards:
     """The image shards of a source."""
-    source.check()
-    recipe = {"source": {**recipe_of(source), **source.identity()}, "shard": recipe_of(config)}
+    index = make_index(pipeline, source)
     artifact = pipeline.make(
         "shard",
         version=VERSION,
         kind=KIND,
-        recipe=recipe,
-        inputs={},
-        build=lambda space, run: _build(pipeline, source, config, space, run),
+        recipe=recipe_of(config),
+        inputs={"index": index.artifact},
+        build=lambda space, run: _Build(pipeline, source, config, index, space).made(),
     )
     return ImageShards(artifact)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Which image goes where: shard (index into names) and place of each image of the index, -1 for one left out."""
+class _Build:
+    """The driver's side: plans, hands out the work group by group, and gathers what came of it."""
 
-    names: list[str]
-    shard: np.ndarray
-    place: np.ndarray
+    def __init__(
+        self, pipeline: Pipeline, source: AnySource, config: ShardConfig, index: SourceIndex, space: Workspace
+    ) -> None:
+        self._session, self._source, self._config = pipeline.session, source, config
+        self._index, self._space = index, space
+        self._plan = make_plan(index.counts(), config)
+        self._spec = {
+            "folder": space.folder.uri,
+            "work": space.work,
+            "config": dataclasses.asdict(config),
+            "source": source_to_json(source),
+            "spool": index.spool.uri,
+        }
+        self._clock = WorkClock()
+        self._rejected: list[list[str]] = []
+        self._limit = config.max_rejected_fraction * self._plan.num_images
 
-    def images_of(self, shard: int) -> np.ndarray:
-        """The images of a shard, in its order."""
-        images = np.flatnonzero(self.shard == shard)
-        return images[np.argsort(self.place[images])]
-
-
-def make_plan(index: SourceIndex, config: ShardConfig) -> Plan:
-    """A pure function of the index and the recipe: each split is permuted by the seed and cut into shards."""
-    names: list[str] = []
-    shard = np.full(index.num_images, -1, np.int32)
-    place = np.full(index.num_images, -1, np.int32)
-    limits = (config.max_train_images, config.max_validation_images)
-    for number, (split, limit) in enumerate(zip(SPLITS, limits, strict=True)):
-        images = np.flatnonzero(index.validation == (split == "validation"))
-        images = images[permutation(len(images), config.seed, number)][:limit]
-        order = np.arange(len(images))
-        shard[images] = len(names) + order // config.images_per_shard
-        place[images] = order % config.images_per_shard
-        count = -(-len(images) // config.images_per_shard)
-        names += [f"{split}-{position:06d}" for position in range(count)]
-    return Plan(names, shard, place)
-
-
-def _build(pipeline: Pipeline, source: AnySource, config: ShardConfig, space: Workspace, run: StageRun) -> Made:
-    index = source.index()
-    plan = make_plan(index, config)
-    planned = Counter(name.split("-")[0] for name in plan.names)
-    if not planned["train"]:
-        raise SourceError(
-            f"expected images to train on, the source has {index.num_images} images and none in the train split"
-        )
-    num_images = int((plan.shard >= 0).sum())
-    spec = {
-        "folder": space.folder.uri,
-        "work": space.work,
-        "config": dataclasses.asdict(config),
-        "source": {"name": _name_of(source), "config": dataclasses.asdict(source)},
-        "label_map": index.label_map,
-    }
-    clock = WorkClock()
-    missing = [number for number, name in enumerate(plan.names) if space.finished(name) is None]
-    num_missing = int(np.isin(plan.shard, missing).sum())
-    passes = 1 if source.random_access else 2  # staged images and shards lie there at the same time
-    image_bytes = config.image_size**2 * 3 // 2  # half of the raw pixels: lossless frames take less, noise more
-    check_space(space.folder, passes * num_missing * image_bytes, f"{num_missing} images in shards")
-    limit = config.max_rejected_fraction * num_images
-    if missing and not source.random_access:
-        with Progress("shard (1 of 2: reading)", num_images, "images") as progress:
-            _follow(fan_out(pipeline.session, stage_run, _stage_jobs(index, plan, spec)), clock, limit, progress)
-    jobs = _shard_jobs(index, plan, spec, missing, source.random_access)
-    done = num_images - sum(job["count"] for job in jobs)
-    with Progress("shard", num_images, "images", done=done) as progress:
-        _follow(fan_out(pipeline.session, make_shard, jobs), clock, limit, progress)
-    records = [space.finished(name) for name in plan.names]
-    made = _collect(space, index, config, plan, [record for record in records if record], clock.seconds)
-    _check_rejects(_all_rejects(records), limit, num_images)
-    space.folder.delete_folder("staging")
-    return made
-
-
-def _follow(results: Iterator[dict[str, Any]], clock: WorkClock, limit: float, progress: Progress) -> None:
-    """Take results as they come: time, progress, and an early stop where too much is rejected."""
-    rejects: list[dict[str, Any]] = []
-    for result in results:
-        clock.add(result)
-        rejects += result["rejects"]
-        _check_rejects(rejects, limit, progress.total)
-        progress.advance_to(progress.done + result["file"]["rows"] + len(result["rejects"]))
-
-
-def _name_of(source: AnySource) -> str:
-    return next(name for name, kind in SOURCES.items() if isinstance(source, kind))
-
-
-def _stage_jobs(index: SourceIndex, plan: Plan, spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """One job for each run: where each of its images goes."""
-    order = np.argsort(index.run, kind="stable")
-    bounds = np.searchsorted(index.run[order], np.arange(len(index.runs) + 1))
-    jobs = []
-    for number, run in enumerate(index.runs):
-        images = order[bounds[number] : bounds[number + 1]]
-        images = images[plan.shard[images] >= 0]
-        if len(images):
-            jobs.append(
-                {
-                    "spec": spec,
-                    "number": number,
-                    "run": dataclasses.asdict(run),
-                    "positions": index.position[images].tolist(),
-                    "shards": plan.shard[images].tolist(),
-                    "places": plan.place[images].tolist(),
-                }
+    def made(self) -> Made:
+        plan, space = self._plan, self._space
+        if not plan.num_shards(0):
+            raise SourceError(
+                f"expected images to train on, the source has {int(self._index.counts().sum())} images and none in "
+                "the train split"
             )
-    return jobs
+        names = [shard.name for group in range(plan.num_groups) for shard in plan.shards(group)]
+        done = space.finished_among(names)
+        missing = [shard for group in range(plan.num_groups) for shard in plan.shards(group) if shard.name not in done]
+        num_missing = sum(shard.count for shard in missing)
+        self._check_space(num_missing)
+        with Progress("shard", plan.num_images, "images", done=plan.num_images - num_missing) as progress:
+            for number, shards in groupby(missing, key=lambda shard: shard.group):
+                self._make_group(number, list(shards), progress)
+        space.folder.delete_folder(STAGING)
+        return self._collect(names)
 
+    def _check_space(self, num_images: int) -> None:
+        passes = 1 if self._source.random_access else 2  # staged images and shards lie there at the same time
+        image_bytes = self._config.image_size**2 * 3 // 2  # half of the raw pixels: frames take less, noise more
+        check_space(self._space.folder, passes * num_images * image_bytes, f"{num_images} images in shards")
 
-def _shard_jobs(
-    index: SourceIndex, plan: Plan, spec: dict[str, Any], missing: list[int], random_access: bool
-) -> list[dict[str, Any]]:
-    """One job for each missing shard: the runs it takes from, and for random access the positions in each."""
-    jobs = []
-    for number in missing:
-        images = plan.images_of(number)
-        job: dict[str, Any] = {"spec": spec, "number": number, "name": plan.names[number], "count": len(images)}
-        if random_access:
-            by_run: dict[int, list[tuple[int, int]]] = defaultdict(list)
-            for place, image in enumerate(images):
-                by_run[int(index.run[image])].append((int(index.position[image]), place))
-            job["reads"] = [
-                {
-                    "run": _without_others(index.runs[run], [position for position, _ in sorted(wanted)]),
-                    "wanted": sorted(wanted),
-                }
-                for run, wanted in sorted(by_run.items())
-            ]
+    def _make_group(self, number: int, missing: list[PlannedShard], progress: Progress) -> None:
+        group = _Group.load(self._index, self._plan, number)
+        if self._source.random_access:
+            jobs = (self._shard_job(shard, reads=self._reads(group.of(shard))) for shard in missing)
         else:
-            job["staged"] = sorted({int(run) for run in index.run[images]})
-        jobs.append(job)
-    return jobs
-
-
-def _without_others(run: Run, positions: list[int]) -> dict[str, Any]:
-    """The run with only the entries of its per-image lists that a job needs, so that jobs stay small."""
-    locator = dict(run.locator)
-    for name, value in run.locator.items():
-        if isinstance(value, list):
-            locator[name] = {str(position): value[position] for position in positions}
-    return {"name": run.name, "locator": locator}
-
-
-def _source_of(spec: dict[str, Any]) -> AnySource:
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in spec["source"]["config"].items()
-    }
-    return SOURCES[spec["source"]["name"]](**values)
-
-
-def _run_of(values: dict[str, Any]) -> Run:
-    locator = {
-        name: {int(position): entry for position, entry in value.items()} if isinstance(value, dict) else value
-        for name, value in values["locator"].items()
-    }
-    return Run(name=values["name"], locator=locator)
-
-
-def stage_run(job: dict[str, Any]) -> dict[str, Any]:
-    """First pass: read one run, and write its images at their final size, sorted by shard, into one staged file."""
-    spec = job["spec"]
-    folder, name = Folder(spec["folder"]) / "staging", f"run-{job['number']:06d}"
-    done = read_sidecar(folder, spec["work"], name)
-    if done is not None:
-        return done
-    goal = {position: goal for position, *goal in zip(job["positions"], job["shards"], job["places"], strict=True)}
-    config = config_from_json(ShardConfig, spec["config"])
-    rows, rejects = [], []
-    for item in _source_of(spec).read(_run_of(job["run"]), sorted(goal)):
-        shard, place = goal[item.position]
-        sample, reject = prepare(item, config, spec["label_map"], job["run"]["name"])
-        if sample is not None:
-            rows.append(
-                {
-                    "shard": shard,
-                    "place": place,
-                    "key": sample.key,
-                    "data": sample.data,
-                    "facts": json.dumps(sample.facts),
-                }
+            staged = self._stage(group, missing, progress)
+            jobs = (
+                self._shard_job(
+                    shard,
+                    segments=[
+                        [record["file"]["path"], *place]
+                        for record in staged
+                        if (place := record["segments"].get(shard.name))
+                    ],
+                    rejects=[reject for record in staged for reject in record["rejects"] if reject[0] == shard.name],
+                )
+                for shard in missing
             )
-        else:
-            rejects.append({**reject, "shard": shard})
-    rows.sort(key=lambda row: (row["shard"], row["place"]))
-    buffer = io.BytesIO()
-    table = pa.Table.from_pylist(rows, schema=_STAGED)
-    reject_table = json.dumps(rejects)
-    table = table.replace_schema_metadata({"rejects": reject_table})
-    # Small row groups: a shard reads only those that hold its images.
-    pq.write_table(table, buffer, compression="none", row_group_size=64)
-    data = buffer.getvalue()
-    folder.write(f"{name}.parquet", data)
-    file = FileEntry.of(f"{name}.parquet", data, rows=len(rows))
-    return write_sidecar(folder, spec["work"], name, file, rejects=rejects)
+        for result in fan_out(self._session, make_shard, jobs):
+            self._clock.add(result)
+            if self._source.random_access:
+                self._check(result["rejects"])
+            progress.advance_to(progress.done + result["file"]["rows"] + len(result["rejects"]))
+        self._space.folder.delete_folder(STAGING)
+
+    def _shard_job(self, shard: PlannedShard, **how: Any) -> dict[str, Any]:
+        return {"spec": self._spec, "name": shard.name, "count": shard.count, **how}
+
+    def _reads(self, entries: Entries) -> list[dict[str, Any]]:
+        """What a shard takes of each run: rows of (place, position, name, level, offset, num_bytes, renamed)."""
+        by_run: dict[int, list[list[Any]]] = defaultdict(list)
+        for place, row in enumerate(entries.table.to_pylist()):
+            by_run[row["run"]].append(_values(place, row))
+        runs = self._index.runs(by_run)
+        return [
+            {"run": dataclasses.asdict(runs[number]), "entries": sorted(by_run[number], key=lambda values: values[1])}
+            for number in sorted(by_run)
+        ]
+
+    def _stage(self, group: "_Group", missing: list[PlannedShard], progress: Progress) -> list[dict[str, Any]]:
+        """The first pass over a group: the records of its staged files, in order."""
+        shards = list(self._plan.shards(group.number))
+        batches = group.batches(shards)
+        names = [f"g{group.number:06d}-{number:06d}" for number in range(len(batches))]
+        done = self._space.finished_among(names, STAGING)
+        total = sum(shard.count for shard in shards)
+
+        def jobs() -> Iterator[dict[str, Any]]:
+            for name, rows in zip(names, batches, strict=True):
+                if name not in done:
+                    yield {"spec": self._spec, "name": name, "reads": self._goals(group, rows, shards)}
+
+        first = sum(len(rows) for name, rows in zip(names, batches, strict=True) if name in done)
+        with Progress("shard: reading first", total, "images", done=first) as reading:
+            for result in fan_out(self._session, stage_runs, jobs()):
+                self._clock.add(result)
+                self._check(result["rejects"])
+                reading.advance_to(reading.done + result["file"]["rows"] + len(result["rejects"]))
+        return list(self._space.records(names, STAGING))
+
+    def _goals(self, group: "_Group", rows: np.ndarray, shards: list[PlannedShard]) -> list[dict[str, Any]]:
+        """As `_reads`, with the name of the shard behind each row."""
+        by_run: dict[int, list[list[Any]]] = defaultdict(list)
+        for goal, place, row in zip(
+            group.shard[rows].tolist(), group.place[rows].tolist(), group.entries.take(rows).table.to_pylist(),
+            strict=True,
+        ):  # fmt: skip
+            by_run[row["run"]].append([*_values(place, row), shards[goal].name])
+        runs = self._index.runs(by_run)
+        return [{"run": dataclasses.asdict(runs[number]), "entries": by_run[number]} for number in sorted(by_run)]
+
+    def _check(self, rejects: list[list[str]]) -> None:
+        """An early stop where too much is rejected."""
+        self._rejected += rejects
+        if len(self._rejected) > self._limit:
+            shown = sorted(tuple(reject[-4:]) for reject in self._rejected)[:10]
+            first = "; ".join(f"{source} {key} {reason}" for source, key, reason, _ in shown)
+            raise RejectedError(
+                f"expected at most {int(self._limit)} rejected images of {self._plan.num_images} "
+                f"(--shard.max-rejected-fraction), found {len(self._rejected)} so far: {first}"
+            )
+
+    def _collect(self, names: list[str]) -> Made:
+        """The files and facts, out of all sidecars: those of an earlier run as well."""
+        files, rejects, report = [], [], DataReport()
+        self._rejected = []
+        for record in self._space.records(names):
+            split = record["name"].split("-")[0]
+            self._check(record["rejects"])
+            rejects += [dict(zip(_REJECT.names, reject, strict=True)) for reject in record["rejects"]]
+            report.rejects.update(_kind(reject[2]) for reject in record["rejects"])
+            report.add(split, record["images"])
+            if record["file"]["rows"]:
+                files.append(FileEntry(**record["file"]))
+        splits = dict(_splits(files))
+        if not splits["train"]["images"]:
+            raise SourceError(f"expected images to train on, all {len(rejects)} were rejected: {_first(rejects)}")
+        summary = report.to_json()
+        facts = {
+            "size": self._config.image_size,
+            "image_format": self._config.image_format,
+            "splits": splits,
+            "label_map": self._index.label_map,
+            "source_images": self._plan.num_images,
+            **{name: summary[name] for name in ("rejects", "exact_duplicates", "mean", "deviation")},
+        }
+        extra = [
+            (REJECTS, to_parquet(pa.Table.from_pylist(rejects, schema=_REJECT)), len(rejects)),
+            (REPORT, (json.dumps({**summary, "splits": splits}, indent=1) + "\n").encode(), 0),
+            (SHEET, self._sheet(files), 0),
+        ]
+        for name, data, rows in extra:
+            self._space.folder.write(name, data)
+            files.append(FileEntry.of(name, data, rows=rows))
+        return Made(files, facts, self._clock.seconds)
+
+    def _sheet(self, files: list[FileEntry]) -> bytes:
+        first = next(file for file in files if file.path.startswith(SPLITS[0]))
+        samples = read_tar(self._space.folder.read(first.path), first.path)
+        return contact_sheet([sample.pixels() for sample, _ in zip(samples, range(64), strict=False)])
 
 
-def make_shard(job: dict[str, Any]) -> dict[str, Any]:
-    """Make one shard from the source or from staged runs, and its sidecar after it."""
-    spec = job["spec"]
-    folder, name = Folder(spec["folder"]), job["name"]
-    samples: dict[int, Sample] = {}
-    rejects: list[dict[str, Any]] = []
-    if "reads" in job:
-        config, source = config_from_json(ShardConfig, spec["config"]), _source_of(spec)
-        for read in job["reads"]:
-            places = dict(read["wanted"])
-            for item in source.read(_run_of(read["run"]), list(places)):
-                sample, reject = prepare(item, config, spec["label_map"], read["run"]["name"])
-                if sample is not None:
-                    samples[places[item.position]] = sample
-                else:
-                    rejects.append(reject)
-    else:
-        for run in job["staged"]:
-            found, refused = _staged(folder, run, job["number"], spec["config"]["image_format"])
-            samples.update(found)
-            rejects += refused
-    if len(samples) + len(rejects) != job["count"]:
-        raise SourceError(
-            f"expected {job['count']} images for {name}, the source gave {len(samples)} and {len(rejects)} were "
-            "rejected; did it change while it was read?"
-        )
-    data = write_tar(samples[place] for place in sorted(samples))
-    folder.write(f"{name}.tar", data)
-    file = FileEntry.of(f"{name}.tar", data, rows=len(samples))
-    return write_sidecar(folder, spec["work"], name, file, rejects=rejects)
+def _values(place: int, row: dict[str, Any]) -> list[Any]:
+    """One image of a job as a JSON list: names that are no UTF-8 as surrogates."""
+    name = row["name"].decode("utf-8", "surrogateescape")
+    return [place, row["position"], name, row["level"], row["offset"], row["num_bytes"], row["renamed"]]
 
 
-def _staged(folder: Folder, run: int, shard: int, image_format: str) -> tuple[dict[int, Sample], list[dict[str, Any]]]:
-    with (folder / "staging").open(f"run-{run:06d}.parquet") as file:
-        parquet = pq.ParquetFile(file)
-        groups = [group for group in range(parquet.num_row_groups) if _holds(parquet, group, shard)]
-        rows = parquet.read_row_groups(groups).to_pylist() if groups else []
-        rejects = json.loads((parquet.schema_arrow.metadata or {}).get(b"rejects", b"[]"))
-    samples = {
-        row["place"]: Sample(
-            key=row["key"], image_format=image_format, data=row["data"], facts=json.loads(row["facts"])
-        )
-        for row in rows
-        if row["shard"] == shard
-    }
-    return samples, [
-        {name: value for name, value in reject.items() if name != "shard"}
-        for reject in rejects
-        if reject["shard"] == shard
-    ]
+def _kind(reason: str) -> str:
+    return reason.split(":")[0]
 
 
-def _holds(parquet: pq.ParquetFile, group: int, shard: int) -> bool:
-    statistics = parquet.metadata.row_group(group).column(0).statistics
-    return statistics is None or statistics.min <= shard <= statistics.max
-
-
-def prepare(
-    item: SourceItem, config: ShardConfig, label_map: dict[str, int] | None, run: str
-) -> tuple[Sample | None, dict[str, Any]]:
-    """The sample of an item at the recipe's size, or None and the record of its rejection."""
-    try:
-        pixels = item.image if isinstance(item.image, np.ndarray) else decode(item.image)
-        height, width = pixels.shape[:2]
-        size = config.image_size
-        if config.resize == "exact" and (height, width) != (size, size):
-            raise ImageError(f"is {width} x {height}, expected {size} x {size} (--shard.resize crop accepts any size)")
-        if min(height, width) < 2:
-            raise ImageError(f"is too small: {width} x {height}")
-        data = encode(resize_and_crop(pixels, size), config.image_format)
-    except ImageError as error:
-        raw = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
-        return None, {"source": run, "key": item.key, "reason": str(error), "sha256": hash_bytes(raw)}
-    facts = {**item.facts}
-    if item.level is not None:
-        facts["level"] = item.level
-        facts["label"] = label_map[item.level] if label_map else None
-    return Sample(key=safe_key(item.key), image_format=config.image_format, data=data, facts=facts), {}
-
-
-def safe_key(key: str) -> str:
-    """A WebDataset key: letters, digits, - and _ only, so that it is no path and has no extension."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", key)[:120]
-
-
-def _check_rejects(rejects: list[dict[str, Any]], limit: float, num_images: int) -> None:
-    if len(rejects) > limit:
-        first = "; ".join(f"{reject['source']} {reject['key']} {reject['reason']}" for reject in rejects[:10])
-        raise RejectedError(
-            f"expected at most {int(limit)} rejected images of {num_images} (--shard.max-rejected-fraction), found "
-            f"{len(rejects)} so far: {first}"
-        )
-
-
-def _all_rejects(records: Iterable[dict[str, Any] | None]) -> list[dict[str, Any]]:
-    return [reject for record in records if record for reject in record["rejects"]]
-
-
-def _collect(
-    space: Workspace,
-    index: SourceIndex,
-    config: ShardConfig,
-    plan: Plan,
-    records: list[dict[str, Any]],
-    work_seconds: float,
-) -> Made:
-    if len(records) != len(plan.names):
-        raise RuntimeError(f"{len(plan.names) - len(records)} shards are missing after the fan-out")
-    files = [FileEntry(**record["file"]) for record in records if record["file"]["rows"]]
-    rejects = _all_rejects(records)
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rejects, schema=_REJECT), buffer, compression="zstd")
-    space.folder.write(REJECTS, buffer.getvalue())
-    files.append(FileEntry.of(REJECTS, buffer.getvalue(), rows=len(rejects)))
-    facts = {
-        "size": config.image_size,
-        "image_format": config.image_format,
-        "splits": dict(_splits(files)),
-        "label_map": index.label_map,
-        "rejects": dict(sorted(Counter(reject["reason"] for reject in rejects).items())),
-    }
-    return Made(files, facts, work_seconds)
+def _first(rejects: list[dict[str, Any]]) -> str:
+    return "; ".join(f"{reject['source']} {reject['key']} {reject['reason']}" for reject in rejects[:10])
 
 
 def _splits(files: list[FileEntry]) -> Iterator[tuple[str, dict[str, int]]]:
     for split in SPLITS:
         shards = [file for file in files if file.path.startswith(f"{split}-")]
         yield split, {"shards": len(shards), "images": sum(file.rows for file in shards)}
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One group of the plan with its images. shard: int64 (N,), the number of each image's shard in the group, -1 for
+    one that is left out; place: its place in that shard."""
+
+    number: int
+    entries: Entries
+    shard: np.ndarray
+    place: np.ndarray
+    order: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def load(cls, index: SourceIndex, plan: Plan, number: int) -> "_Group":
+        entries = index.entries(plan.runs_of(number))
+        validation = entries.table["validation"].to_numpy()
+        shard, place = np.full(len(validation), -1), np.full(len(validation), -1)
+        order, first = [], 0
+        for split in range(2):
+            images = np.flatnonzero(validation == bool(split))[plan.order(number, split)]
+            numbers = np.arange(len(images))
+            shard[images] = first + numbers // plan.images_per_shard
+            place[images] = numbers % plan.images_per_shard
+            first += -(-len(images) // plan.images_per_shard)
+            order.append(images)
+        return cls(number, entries, shard, place, (order[0], order[1]))
+
+    def of(self, shard: PlannedShard) -> Entries:
+        """The images of a shard, in its order."""
+        return self.entries.take(self.order[shard.split][shard.first : shard.first + shard.count])
+
+    def batches(self, shards: list[PlannedShard]) -> list[np.ndarray]:
+        """Rows of `entries`, cut at the ends of runs into what one staging task reads: some images for each shard, so
+        that the second pass reads stretches and not single images, and no more than fit in memory."""
+        wanted = np.flatnonzero(self.shard >= 0)
+        runs = self.entries.table["run"].to_numpy()[wanted]
+        size = int(np.clip(8 * len(shards), 512, 16384))
+        ends = np.flatnonzero(np.diff(runs, append=-1)) + 1
+        batches, begin = [], 0
+        for end in ends.tolist():
+            if end - begin >= size or end == len(wanted):
+                batches.append(wanted[begin:end])
+                begin = end
+        return batches
+
+
+def stage_runs(job: dict[str, Any]) -> dict[str, Any]:
+    """First pass: read some runs, and write their images at their final size, sorted by shard, into one file."""
+    spec = job["spec"]
+    folder, name = Folder(spec["folder"]) / STAGING, job["name"]
+    done = read_sidecar(folder, spec["work"], name)
+    if done is not None:
+        return done
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    rejects = []
+    for goal, prepared in _prepared(spec, job["reads"]):
+        place, shard = goal[0], goal[-1]
+        if isinstance(prepared, Reject):
+            rejects.append([shard, *dataclasses.astuple(prepared)])
+            continue
+        rows[shard].append(
+            {
+                "place": place,
+                "key": prepared.sample.key,
+                "data": prepared.sample.data,
+                "facts": json.dumps(prepared.sample.facts),
+                "origin": json.dumps(dataclasses.asdict(prepared.origin)),
+            }
+        )
+    buffer, segments = io.BytesIO(), {}
+    for shard in sorted(rows):
+        begin = buffer.tell()
+        table = pa.Table.from_pylist(sorted(rows[shard], key=lambda row: row["place"]), schema=_STAGED)
+        with pa.ipc.new_stream(buffer, _STAGED) as writer:
+            writer.write_table(table)
+        segments[shard] = [begin, buffer.tell() - begin]
+    data = buffer.getvalue()
+    folder.write(f"{name}.arrows", data)
+    file = FileEntry.of(f"{name}.arrows", data, rows=sum(map(len, rows.values())))
+    return write_sidecar(folder, spec["work"], name, file, segments=segments, rejects=rejects)
+
+
+def make_shard(job: dict[str, Any]) -> dict[str, Any]:
+    """Make one shard from the source or from staged images, and its sidecar after it."""
+    spec = job["spec"]
+    folder, name = Folder(spec["folder"]), job["name"]
+    done = read_sidecar(folder, spec["work"], name)
+    if done is not None:
+        return done
+    made: dict[int, Prepared] = {}
+    rejects: list[list[str]] = []
+    if "reads" in job:
+        for goal, prepared in _prepared(spec, job["reads"]):
+            if isinstance(prepared, Reject):
+                rejects.append(list(dataclasses.astuple(prepared)))
+            else:
+                made[goal[0]] = prepared
+    else:
+        rejects = [reject[1:] for reject in job["rejects"]]
+        for path, offset, num_bytes in job["segments"]:
+            made |= _staged(folder.read(f"{STAGING}/{path}", offset, num_bytes), spec["config"]["image_format"])
+    if len(made) + len(rejects) != job["count"]:
+        raise SourceError(
+            f"expected {job['count']} images for {name}, the source gave {len(made)} and {len(rejects)} were "
+            "rejected; did it change while it was read?"
+        )
+    in_order = [made[place] for place in sorted(made)]
+    data = write_tar(prepared.sample for prepared in in_order)
+    images = summarize(
+        (prepared.origin for prepared in in_order),
+        (prepared.sample.facts.get("level") for prepared in in_order),
+        spec["config"]["image_size"],
+    )
+    folder.write(f"{name}.tar", data)
+    file = FileEntry.of(f"{name}.tar", data, rows=len(made))
+    return write_sidecar(folder, spec["work"], name, file, rejects=sorted(rejects), images=images)
+
+
+def _staged(data: bytes, image_format: str) -> dict[int, "Prepared"]:
+    rows = pa.ipc.open_stream(data).read_all().to_pylist()
+    return {
+        row["place"]: Prepared(
+            Sample(key=row["key"], image_format=image_format, data=row["data"], facts=json.loads(row["facts"])),
+            Origin(**json.loads(row["origin"])),
+        )
+        for row in rows
+    }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A sample at the recipe's size, and what its image was before."""
+
+    sample: Sample
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row of rejects.parquet. source: the run it is in; sha256: of its bytes."""
+
+    source: str
+    key: str
+    reason: str
+    sha256: str
+
+
+def _prepared(spec: dict[str, Any], reads: list[dict[str, Any]]) -> Iterator[tuple[list[Any], Prepared | Reject]]:
+    """The images of a job's reads, each with its row of the job."""
+    config, source = config_from_json(ShardConfig, spec["config"]), source_from_json(spec["source"])
+    label_map, spool = _label_map(spec["spool"]), Folder(spec["spool"])
+    for read in reads:
+        run = Run(**read["run"])
+        rows = read["entries"]
+        entries = [
+            Entry(position=position, name=name, level=level, offset=offset, num_bytes=num_bytes)
+            for _, position, name, level, offset, num_bytes, *_ in rows
+        ]
+        items = source.read(run, entries, spool)
+        for row, entry in zip(rows, entries, strict=True):
+            item = next(items, None)
+            if item is None or item.position != entry.position:
+                raise SourceError(
+                    f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did the "
+                    "source change while it was read?"
+                )
+            yield row, prepare(item, entry.level, key_of(run, entry, renamed=row[6]), run.name, config, label_map)
+
+
+@functools.lru_cache(maxsize=1)
+def _label_map(spool: str) -> dict[str, int] | None:
+    """Of the index whose spool this is: read by each worker, since it is too long to go with every job."""
+    return Artifact.open(Folder(spool.rpartition("/")[0])).facts["label_map"]
+
+
+def key_of(run: Run, entry: Entry, *, renamed: bool) -> str:
+    """A sample's key: safe, and another one for each image of a source."""
+    key = safe_key(run.prefix, entry.name)
+    if not renamed:
+        return key
+    return f"{key[: KEY_CHARACTERS - 11]}-{hash_bytes(f'{run.name}#{entry.position}'.encode())[:10]}"
+
+
+def prepare(
+    item: SourceItem,
+    level: str | None,
+    key: str,
+    run: str,
+    config: ShardConfig,
+    label_map: dict[str, int] | None,
+) -> Prepared | Reject:
+    """An item at the recipe's size, or the record of its rejection."""
+    raw = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
+    sha256 = hash_bytes(raw)
+    try:
+        if item.fault:
+            raise ImageError(item.fault)
+        picture = _picture(item.image)
+        width, height = picture.image.size
+        size = config.image_size
+        if config.resize == "exact" and (width, height) != (size, size):
+            raise ImageError(
+                f"wrong size: is {width} x {height}, expected {size} x {size} (--shard.resize crop accepts any size)"
+            )
+        if min(height, width) < 2:
+            raise ImageError(f"too small: is {width} x {height}")
+        pixels = resize_and_crop(picture.image, size)
+        data = encode(pixels, config.image_format)
+    except ImageError as error:
+        return Reject(run, key, str(error), sha256)
+    facts = {**item.facts}
+    if level is not None:
+        facts["level"] = level
+        facts["label"] = label_map[level] if label_map else None
+    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", sha256, pixels)
+    return Prepared(Sample(key=key, image_format=config.image_format, data=data, facts=facts), origin)
+
+
+def _picture(image: bytes | np.ndarray) -> Picture:
+    if isinstance(image, bytes):
+        return load(image)
+    height, width = image.shape[:2]
+    return Picture(Image.fromarray(image), width, height, "pixels", "RGB")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How a stage becomes an artifact: reuse by fingerprint, fan-out over Ray Data, sidecars, and the commit."""
 
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import platform
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipelines.config import Resources
 from pipelines.tracking import StageRun, Tracker
 from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit, hash_json, reference
 from vqvae_core.errors import InputError
-from vqvae_core.storage import Folder, StorageError
+from vqvae_core.storage import Folder, StorageError, concurrently
 
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
 
@@ -44,6 +45,29 @@ class Workspace:
         """The record of a part (a shard) that an earlier run of the same job finished, if its file is still there."""
         return read_sidecar(self.folder, self.work, name)
 
+    def finished_among(self, names: Sequence[str], below: str = "") -> set[str]:
+        """The names of finished parts. One listing, then one read for each sidecar that is there, many at a time."""
+        there = set((self.folder / below if below else self.folder).list("sidecars"))
+        candidates = [name for name in names if f"{name}.json" in there]
+        done = set()
+        for name, record in zip(candidates, self._read(candidates, below), strict=True):
+            if record is not None:
+                done.add(name)
+        return done
+
+    def records(self, names: Sequence[str], below: str = "") -> Iterator[dict[str, Any]]:
+        """The records of finished parts, in order. Raises RuntimeError where one is missing."""
+        for name, record in zip(names, self._read(names, below), strict=True):
+            if record is None:
+                raise RuntimeError(f"{name} is missing after the fan-out")
+            yield record
+
+    def _read(self, names: Sequence[str], below: str) -> Iterator[dict[str, Any] | None]:
+        folder = self.folder / below if below else self.folder
+        for start in range(0, len(names), 1024):
+            yield from concurrently(lambda name: read_sidecar(folder, self.work, name), names[start : start + 1024],
+                                    folder)  # fmt: skip
+
 
 def sidecar_name(name: str) -> str:
     return f"sidecars/{name}.json"
@@ -54,7 +78,11 @@ def read_sidecar(folder: Folder, work: str, name: str) -> dict[str, Any] | None:
         record = json.loads(folder.read(sidecar_name(name)))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    if record.get("work") != work or folder.size(record["file"]["path"]) != record["file"]["bytes"]:
+    if (
+        not isinstance(record, dict)
+        or record.get("work") != work
+        or folder.size(record["file"]["path"]) != record["file"]["bytes"]
+    ):
         return None
     return record
 
@@ -116,6 +144,7 @@ class Pipeline:
                 use_gpu=self.resources.use_gpu,
             )
             run = self.tracker.stage(stage, work, recipe, inputs)
+            folder.sweep()
             try:
                 made = build(Workspace(folder, work), run)
             except BaseException:
@@ -160,15 +189,32 @@ class Pipeline:
 
 
 def fan_out(
-    session: Session, task: Callable[[dict[str, Any]], dict[str, Any]], jobs: Sequence[dict[str, Any]]
+    session: Session, task: Callable[[dict[str, Any]], dict[str, Any]], jobs: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Run task(job) for each job over Ray Data, one row each; yields the results as they come, in no fixed order.
 
-    Jobs and results are JSON. An `InputError` of a task is raised here, not as Ray's.
+    Jobs are taken in waves, so that they may be made while earlier ones run and need not fit in memory together. Jobs
+    and results are JSON. An `InputError` of a task is raised here, not as Ray's.
     """
-    if not jobs:
+    for wave in _waves(session, jobs):
+        yield from _fan_out(session, task, wave)
+
+
+def _waves(session: Session, jobs: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Jobs by some dozens for each CPU: enough that the end of a wave, where CPUs wait, is short beside it."""
+    waiting = iter(jobs)
+    first = list(itertools.islice(waiting, 1))
+    if not first:
         return
-    session.connect()
+    size = max(512, 32 * int(session.connect().cluster_resources().get("CPU", 1)))
+    while wave := [*first, *itertools.islice(waiting, size - len(first))]:
+        first = []
+        yield wave
+
+
+def _fan_out(
+    session: Session, task: Callable[[dict[str, Any]], dict[str, Any]], jobs: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     import ray.data
     from ray.exceptions import RayError
 

@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,38 +15,80 @@ from vqvae_core.shapes import Float, UInt8
 
 ImageFormat = Literal["png", "webp", "jpg"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "webp", "jpg")
+FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
 MAX_PIXELS = 100_000_000  # a larger picture is refused before its pixels are decoded
 
 
 class ImageError(InputError):
-    """Bytes that are no image, or one that cannot be used. The message is the reason in the list of rejects."""
+    """Bytes that are no image, or one that cannot be used. The message is the reason in the list of rejects: a kind,
+    by which rejects are counted, and after a colon what is particular to this one."""
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Pixels (H, W, 3) of an encoded image, upright (EXIF) and in RGB. Raises `ImageError`."""
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image, upright and in RGB, and what its file was: width and height as stored, format and mode."""
+
+    image: Image.Image
+    width: int
+    height: int
+    file_format: str
+    mode: str
+
+
+def load(data: bytes) -> Picture:
+    """Decode a file of one of FILE_FORMATS. Raises `ImageError`.
+
+    Grey, palette, CMYK and 16-bit pictures become RGB of 8 bits; transparency is left out; EXIF orientation is applied;
+    colour profiles are not. A file with more than one frame is refused, but for a photograph with a preview (MPO).
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            picture = Image.open(io.BytesIO(data))
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ImageError(f"larger than {MAX_PIXELS} pixels: {picture.width} x {picture.height}")
+            # Only these: some others of the library start programs.
+            picture = Image.open(io.BytesIO(data), formats=FILE_FORMATS)
+            width, height, mode, kind = picture.width, picture.height, picture.mode, str(picture.format)
+            if width * height > MAX_PIXELS:
+                raise ImageError(f"too large: {width} x {height} is more than {MAX_PIXELS} pixels")
+            if kind != "MPO" and getattr(picture, "is_animated", False):
+                raise ImageError("animated: has more than one frame")
             picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+            ImageOps.exif_transpose(picture, in_place=True)
+            return Picture(_to_rgb(picture), width, height, kind, mode)
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"too large: {error}") from error
     except Exception as error:  # decoders raise whatever they like on broken bytes
         raise ImageError(f"cannot be decoded: {type(error).__name__}") from error
 
 
-def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The centre square of an image at size x size: the shorter side is scaled to `size` (bicubic, antialiased)."""
-    height, width = pixels.shape[:2]
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode.startswith("I"):  # 16 bits; the library would clip them
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError("cannot be used: has pixels of more than 16 bits")
+        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if picture.mode == "F":
+        raise ImageError("cannot be used: has pixels in floating point")
+    return picture.convert("RGB")
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Pixels (H, W, 3) of an encoded image: see `load`."""
+    return np.asarray(load(data).image)
+
+
+def resize_and_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """Pixels of the centre square of an RGB image at size x size: its shorter side is scaled to `size` (bicubic,
+    antialiased)."""
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    width, height = picture.size
     if (height, width) == (size, size):
-        return pixels
+        return np.asarray(picture)
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
-    picture = Image.fromarray(pixels)
     box = (left, top, left + side, top + side)
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
 

@@ -6,20 +6,68 @@ dropped half-way still publishes what it got, so streams are never used for outp
 
 import contextlib
 import errno
+import functools
 import os
+import random
 import shutil
+import time
 import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
 
 from vqvae_core.errors import InputError
 
+A = TypeVar("A")
+T = TypeVar("T")
+_ATTEMPTS = 6  # of one request, over about 6 seconds, beside those that the S3 client makes itself
+_REQUESTS = 32  # in flight, where many small ones are made
+
 
 class StorageError(InputError):
     """A folder cannot be reached, read or written."""
+
+
+def retry(action: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
+    """Do something over the network, again after a growing pause where it fails. Raises the last error.
+
+    That a file or a bucket is not there, or may not be read, is an answer: it is raised at once.
+    """
+    for attempt in range(attempts):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (OSError, pa.ArrowException) as error:
+            if attempt == attempts - 1 or _is_answer(error):
+                raise
+            time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311  no secret
+    raise AssertionError("unreachable")
+
+
+def _is_answer(error: BaseException) -> bool:
+    text = str(error)
+    return any(word in text for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT"))
+
+
+def concurrently(action: Callable[[A], T], values: Sequence[A], folder: "Folder") -> list[T]:
+    """action(value) of each, in order: with many requests in flight where the folder is on S3."""
+    if folder.is_local:
+        return [action(value) for value in values]
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(action, values))
+
+
+@functools.lru_cache(maxsize=16)
+def _file_system(bucket: str, *environment: str | None) -> fs.FileSystem:
+    # from_uri honours AWS_ENDPOINT_URL; the S3FileSystem constructor does not. Opening late makes a small file one
+    # request, not the three of an upload in parts.
+    return fs.FileSystem.from_uri(f"s3://{bucket}?allow_delayed_open=true")[0]
 
 
 def check_name(name: str) -> str:
@@ -61,9 +109,16 @@ class Folder:
         """The full path or URI of a file in the folder."""
         return f"{self.uri}/{check_name(name)}"
 
+    @property
+    def s3(self) -> tuple[fs.FileSystem, str]:
+        """The file system of an S3 folder, and the folder's path in it."""
+        path = self.uri.removeprefix("s3://")
+        names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_REGION")
+        return _file_system(path.split("/")[0], *(os.environ.get(name) for name in names)), path
+
     def _s3(self, name: str) -> tuple[fs.FileSystem, str]:
-        # from_uri honours AWS_ENDPOINT_URL; the S3FileSystem constructor does not.
-        return fs.FileSystem.from_uri(self.path(name))
+        system, path = self.s3
+        return system, f"{path}/{check_name(name)}"
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, or None where there is no such file."""
@@ -73,8 +128,12 @@ class Folder:
             except (FileNotFoundError, NotADirectoryError):
                 return None
         system, path = self._s3(name)
-        info = system.get_file_info(path)
+        info = retry(lambda: system.get_file_info(path))
         return info.size if info.type == fs.FileType.File else None
+
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """`size` of many files, with many requests in flight where each is one."""
+        return concurrently(self.size, names, self)
 
     def exists(self, name: str) -> bool:
         return self.size(name) is not None
@@ -84,19 +143,31 @@ class Folder:
         if self.is_local:
             return pa.OSFile(self.path(name))
         system, path = self._s3(name)
-        return system.open_input_file(path)
+        return retry(lambda: system.open_input_file(path))
 
-    def read(self, name: str) -> bytes:
-        """A whole file. Raises FileNotFoundError."""
+    def open_unchecked(self, name: str) -> pa.NativeFile:
+        """`open` for a file that somebody else named, on S3, where no name leads out of a bucket."""
+        system, path = self.s3
+        return system.open_input_file(f"{path}/{name}")
+
+    def read(self, name: str, offset: int = 0, num_bytes: int | None = None) -> bytes:
+        """A file, or num_bytes of it from an offset. Raises FileNotFoundError, OSError where fewer bytes come."""
+        return (
+            self._read(name, offset, num_bytes) if self.is_local else retry(lambda: self._read(name, offset, num_bytes))
+        )
+
+    def _read(self, name: str, offset: int, num_bytes: int | None) -> bytes:
         with self.open(name) as file:
-            return file.read()
+            expected = file.size() - offset if num_bytes is None else num_bytes
+            data = file.read_at(expected, offset)
+        if len(data) != expected:
+            raise OSError(f"{len(data)} of {expected} bytes of {self.path(name)} came")
+        return data
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file in one step: it has its final name only when it is complete and on disk."""
         if not self.is_local:
-            system, path = self._s3(name)
-            with system.open_output_stream(path) as file:
-                file.write(data)
+            retry(lambda: self._put(name, data))
             return
         path = Path(self.path(name))
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -112,14 +183,32 @@ class Folder:
                 temporary.unlink(missing_ok=True)
             raise _explain(error, path.parent, len(data)) from error
 
+    def _put(self, name: str, data: bytes) -> None:
+        system, path = self._s3(name)
+        # A buffer as large as the data: one request, which is there as a whole or not at all.
+        with system.open_output_stream(path, buffer_size=len(data)) as file:
+            file.write(data)
+
+    def list(self, name: str) -> list[str]:
+        """Names of the files in a folder of this folder, for whoever writes it: readers go by a manifest."""
+        if self.is_local:
+            try:
+                with os.scandir(self.path(name)) as entries:
+                    return sorted(entry.name for entry in entries if entry.is_file())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        system, path = self._s3(name)
+        found = retry(lambda: system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.File)
+
     def delete(self, name: str) -> None:
         """Delete a file; one that is not there is fine."""
         if self.is_local:
             Path(self.path(name)).unlink(missing_ok=True)
             return
         system, path = self._s3(name)
-        if system.get_file_info(path).type == fs.FileType.File:
-            system.delete_file(path)
+        if self.exists(name):
+            retry(lambda: system.delete_file(path))
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder in this folder with all that is in it; one that is not there is fine."""
@@ -127,8 +216,14 @@ class Folder:
             shutil.rmtree(self.path(name), ignore_errors=True)
             return
         system, path = self._s3(name)
-        if system.get_file_info(path).type != fs.FileType.NotFound:
-            system.delete_dir(path)
+        if retry(lambda: system.get_file_info(path)).type != fs.FileType.NotFound:
+            retry(lambda: system.delete_dir(path))
+
+    def sweep(self) -> None:
+        """Delete what a writer that was killed left behind: unfinished files, none of which has a final name."""
+        if self.is_local:
+            for path in Path(self.uri).glob("**/.*.tmp"):
+                path.unlink(missing_ok=True)
 
     def free_bytes(self) -> int | None:
         """Free space for a local folder (of the nearest parent that exists), None for S3."""

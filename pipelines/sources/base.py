@@ -1,18 +1,22 @@
-"""What a source of images is: an index of runs, and a read of one run.
+"""What a source of images is: parts to index, runs to read, and one entry per image.
 
-A *run* is what is read in one go: an inner archive, a Parquet row group, an episode of an engine. The index has one
-row per image, so that the stage can permute images across shards without opening them. Adding a source is one file:
-a frozen config dataclass with the methods of `Source`, and its name in `pipelines/sources/__init__.py`.
+A *part* is what one index task looks at: an archive, a Parquet file, a folder of one class. A *run* is what is read in
+one go: an inner archive, a row group, an episode of an engine. The index has one entry per image, so that the stage can
+permute images across shards without opening them. Adding a source is one file (docs/sources.md): a frozen config
+dataclass with the methods of `Source`, and its name in `pipelines/sources/__init__.py`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
 from vqvae_core.artifacts import hash_json
 from vqvae_core.errors import InputError
+from vqvae_core.storage import Folder
+
+Split = Literal["train", "validation"]
 
 
 class SourceError(InputError):
@@ -20,68 +24,71 @@ class SourceError(InputError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One run of a source: read in one go, in order.
-
-    name: unique in the source and relative to it; it becomes part of provenance, never a path that is written to.
-    locator: what `Source.read` needs to find the run, as JSON values.
-    """
+class Part:
+    """What one index task looks at. name: unique in the source and relative to it. locator: JSON values."""
 
     name: str
     locator: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceItem:
-    """One image as the source has it.
+class Run:
+    """One run of a source: read in one go, in order.
 
-    image: encoded bytes, or pixels (uint8 HWC). level: its name in the label map (class, synset, level of an engine).
+    name: unique in the source and relative to it; it becomes part of provenance, never a path that is written to.
+    prefix: what the keys of its images begin with, where they don't anyway.
+    locator: what `Source.read` needs to find the run, as JSON values.
+    """
+
+    name: str
+    prefix: str = ""
+    locator: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One image of a run.
+
+    position: its place in the run. name: as the source has it (bytes that are no UTF-8 as surrogates, as Python's file
+    names have them); the sample's key is made of it.
+    level: its name in the label map (class, synset, level of an engine), None where it has none.
+    offset, num_bytes: where `read` finds it, in the source's own terms.
     """
 
     position: int
-    key: str
-    image: bytes | np.ndarray
+    name: str
     level: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    split: Split = "train"
+    offset: int = 0
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SourceIndex:
-    """Every image that a source offers, by number: three arrays of equal length N, one entry an image.
+class RunIndex:
+    """A run and its images, in order."""
 
-    run: int32, index into `runs`; position: int32, the image's place in its run; validation: bool.
-    label_map: name of each label -> its number, or None where the source has no labels.
+    run: Run
+    entries: Sequence[Entry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceItem:
+    """One image as the source has it.
+
+    image: encoded bytes, or pixels (uint8 HWC). fault: why it cannot be used, where the source itself knows.
+    facts: what becomes part of the sample's JSON: `source` (its place, relative), `episode`, `step`...
     """
 
-    runs: tuple[Run, ...]
-    run: np.ndarray
-    position: np.ndarray
-    validation: np.ndarray
-    label_map: dict[str, int] | None = None
-
-    @property
-    def num_images(self) -> int:
-        return len(self.run)
-
-    @classmethod
-    def of_runs(
-        cls, runs: Sequence[tuple[Run, int, bool]], *, label_map: dict[str, int] | None = None
-    ) -> "SourceIndex":
-        """The index of runs whose images all belong to one split: (run, number of images, is validation)."""
-        counts = np.array([count for _, count, _ in runs], dtype=np.int64)
-        return cls(
-            runs=tuple(run for run, _, _ in runs),
-            run=np.repeat(np.arange(len(runs), dtype=np.int32), counts),
-            position=np.concatenate([np.arange(count, dtype=np.int32) for count in counts] or [np.zeros(0, np.int32)]),
-            validation=np.repeat(np.array([validation for _, _, validation in runs], dtype=bool), counts),
-            label_map=label_map,
-        )
+    position: int
+    image: bytes | np.ndarray
+    facts: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
 
 
 class Source(Protocol):
     """The contract of a source's config. Frozen, keyword-only; safe to send to another process."""
 
-    random_access: ClassVar[bool]  # True: `read` of some positions costs about these positions only
+    random_access: ClassVar[bool]  # True: `read` of some entries costs about these entries only
 
     def check(self) -> None:
         """Raise `SourceError` within seconds where the source is missing or unreadable."""
@@ -91,13 +98,80 @@ class Source(Protocol):
         """What the source contains, as JSON: kind, relative names, sizes, versions, seeds. Never its location."""
         ...
 
-    def index(self) -> SourceIndex: ...
-
-    def read(self, run: Run, positions: Sequence[int] | None = None) -> Iterator[SourceItem]:
-        """The images of a run in order, or only those at `positions` (ascending)."""
+    def parts(self) -> Sequence[Part]:
+        """What there is to index, found by listing alone."""
         ...
+
+    def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        """The runs of a part, in order. spool: a folder that is kept with the index, for a source that has to be
+        unpacked to be read; files in it must be named after the part."""
+        ...
+
+    def labels(self, levels: set[str]) -> dict[str, int] | None:
+        """The number of each level that occurs, or None where the source has no labels."""
+        ...
+
+    def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
+        """The images at these entries of a run, in their order (ascending position)."""
+        ...
+
+
+def number_by_name(levels: set[str]) -> dict[str, int] | None:
+    """Labels by the order of names: what most sources use. Names that are whole numbers keep their value."""
+    if not levels:
+        return None
+    if all(is_label(level) for level in levels):
+        return {level: int(level) for level in sorted(levels, key=int)}
+    return {level: label for label, level in enumerate(sorted(levels))}
+
+
+def is_label(level: str) -> bool:
+    """A whole number as a label map writes it, that fits 31 bits."""
+    return level.isascii() and level.isdecimal() and (level == "0" or level[0] != "0") and len(level) < 10
 
 
 def fraction_of(name: str, seed: int = 0) -> float:
     """A number in [0, 1) that depends on the name and the seed alone: splits by fraction are drawn with it."""
     return int(hash_json([name, seed])[:13], 16) / 16**13
+
+
+def given_split(name: str) -> Literal["train", "validation", "test"] | None:
+    """The split that a file or folder says it is: train, val or validation, test, at the begin of its name."""
+    text = name.rsplit("/", 1)[-1].lower()
+    if text.startswith("train"):
+        return "train"
+    if text.startswith("val"):
+        return "validation"
+    return "test" if text.startswith("test") else None
+
+
+def splits_of(names: Sequence[str]) -> dict[str, Split] | None:
+    """The split of each file where their names give one: those that say train and validation, or train and test.
+
+    A test split beside a validation split is left out: its labels are often not known. None where the names don't say.
+    """
+    found = {name: given_split(name) for name in names}
+    kinds = set(found.values())
+    if "train" not in kinds or not kinds & {"validation", "test"}:
+        return None
+    other = "validation" if "validation" in kinds else "test"
+    return {
+        name: "train" if split == "train" else "validation"
+        for name, split in found.items()
+        if split in ("train", other)
+    }
+
+
+def split_by_fraction(name: str, validation_fraction: float, seed: int = 0) -> Split:
+    return "validation" if fraction_of(name, seed) < validation_fraction else "train"
+
+
+def check_fraction(value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"validation_fraction must be at least 0 and below 1, was {value}")
+
+
+def readable(name: str | bytes) -> str:
+    """A name as valid text: bytes that are no UTF-8 are written as \\xNN."""
+    data = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")
+    return data.decode("utf-8", "backslashreplace")

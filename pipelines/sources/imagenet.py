@@ -3,21 +3,19 @@
 Nothing is unpacked: headers are walked once for the index, pictures are read by their offset.
 """
 
-import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import pyarrow as pa
-
-from pipelines.sources.base import Run, SourceError, SourceIndex, SourceItem
-from pipelines.sources.files import list_files, open_source
+from pipelines.sources.base import Entry, Part, Run, RunIndex, SourceError, SourceItem, number_by_name, readable
+from pipelines.sources.files import list_files, open_source, place_of
+from pipelines.sources.tars import members, read_members
 from vqvae_core.artifacts import hash_bytes
+from vqvae_core.storage import Folder
 
 TRAIN = "ILSVRC2012_img_train.tar"
 VALIDATION = "ILSVRC2012_img_val.tar"
 VALIDATION_SYNSETS = "val_synsets.txt"
-_MAX_IMAGE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +27,10 @@ class ImageNetSource:
 
     random_access: ClassVar[bool] = True
 
+    @property
+    def _folder(self) -> Folder:
+        return place_of(self.path, f"the ImageNet archives {TRAIN} and {VALIDATION}")
+
     def check(self) -> None:
         names = {name for name, _ in list_files(self.path, ".tar", f"the ImageNet archives {TRAIN} and {VALIDATION}")}
         for name in (TRAIN, VALIDATION):
@@ -37,72 +39,80 @@ class ImageNetSource:
                     f"expected {TRAIN} and {VALIDATION} at {self.path}, found no {name}; the official archives come "
                     "from image-net.org"
                 )
-        open_source(self.path, VALIDATION_SYNSETS).close()
+        open_source(self._folder, VALIDATION_SYNSETS).close()
 
     def identity(self) -> dict[str, Any]:
         self.check()
         files = list_files(self.path, ".tar", "the ImageNet archives")
-        with open_source(self.path, VALIDATION_SYNSETS) as file:
+        with open_source(self._folder, VALIDATION_SYNSETS) as file:
             synsets = hash_bytes(file.read())
         archives = [list(entry) for entry in files if entry[0] in (TRAIN, VALIDATION)]
         return {"kind": "imagenet", "files": archives, "validation_synsets": synsets}
 
-    def index(self) -> SourceIndex:
-        runs: list[tuple[Run, int, bool]] = []
-        with open_source(self.path, TRAIN) as file:
-            for synset, start, size in _members(file, 0, None, TRAIN):
-                pictures = list(_members(file, start, size, f"{TRAIN}:{synset}"))
-                locator = {"archive": TRAIN, "synset": synset.removesuffix(".tar"), "pictures": pictures}
-                runs.append((Run(name=synset.removesuffix(".tar"), locator=locator), len(pictures), False))
-        with open_source(self.path, VALIDATION_SYNSETS) as file:
-            synsets = file.read().decode().split()
-        with open_source(self.path, VALIDATION) as file:
-            pictures = sorted(_members(file, 0, None, VALIDATION))
+    def parts(self) -> list[Part]:
+        """One for each inner archive, found by the headers of the outer one, and one for the validation archive."""
+        parts = []
+        with open_source(self._folder, TRAIN) as file:
+            for member in members(file, TRAIN):
+                if not member.name.endswith(".tar"):
+                    raise SourceError(
+                        f"expected one tar a synset in {TRAIN}, found {readable(member.name)}; is it the official "
+                        "archive?"
+                    )
+                place = {"start": member.offset, "bytes": member.num_bytes}
+                parts.append(Part(name=readable(member.name.removesuffix(".tar")), locator=place))
+        if len({part.name for part in parts}) != len(parts):
+            raise SourceError(f"expected one tar a synset in {TRAIN}, found the same synset twice")
+        return [*parts, Part(name="validation", locator={"validation": True})]
+
+    def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        if part.locator.get("validation"):
+            yield self._validation(part)
+            return
+        start, size = part.locator["start"], part.locator["bytes"]
+        with open_source(self._folder, TRAIN) as file:
+            entries = [
+                Entry(
+                    position=position,
+                    name=member.name,
+                    level=part.name,
+                    offset=member.offset,
+                    num_bytes=member.num_bytes,
+                )
+                for position, member in enumerate(members(file, f"{TRAIN}:{part.name}.tar", start, size))
+            ]
+        yield RunIndex(run=Run(name=part.name, locator={"archive": TRAIN}), entries=entries)
+
+    def _validation(self, part: Part) -> RunIndex:
+        with open_source(self._folder, VALIDATION_SYNSETS) as file:
+            synsets = file.read().decode("utf-8", "replace").split()
+        with open_source(self._folder, VALIDATION) as file:
+            pictures = sorted(members(file, VALIDATION), key=lambda member: (member.name, member.offset))
         if len(pictures) != len(synsets):
             raise SourceError(
                 f"expected a synset a picture, found {len(pictures)} pictures in {VALIDATION} and {len(synsets)} lines "
                 f"in {VALIDATION_SYNSETS}"
             )
-        locator = {"archive": VALIDATION, "synsets": synsets, "pictures": pictures}
-        runs.append((Run(name="validation", locator=locator), len(pictures), True))
-        names = {run.locator["synset"] for run, _, validation in runs if not validation} | set(synsets)
-        return SourceIndex.of_runs(runs, label_map={name: label for label, name in enumerate(sorted(names))})
+        entries = [
+            Entry(
+                position=position,
+                name=member.name,
+                level=synset,
+                split="validation",
+                offset=member.offset,
+                num_bytes=member.num_bytes,
+            )
+            for position, (member, synset) in enumerate(zip(pictures, synsets, strict=True))
+        ]
+        return RunIndex(run=Run(name=part.name, locator={"archive": VALIDATION}), entries=entries)
 
-    def read(self, run: Run, positions: Sequence[int] | None = None) -> Iterator[SourceItem]:
-        pictures = run.locator["pictures"]
+    def labels(self, levels: set[str]) -> dict[str, int] | None:
+        return number_by_name(levels)
+
+    def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         archive = run.locator["archive"]
-        with open_source(self.path, archive) as file:
-            for position in range(len(pictures)) if positions is None else positions:
-                name, start, size = pictures[position]
-                synset = run.locator["synset"] if "synset" in run.locator else run.locator["synsets"][position]
-                file.seek(start)
-                yield SourceItem(
-                    position=position,
-                    key=name.rsplit(".", 1)[0],
-                    image=file.read(size),
-                    level=synset,
-                    facts={"source": f"{archive}:{name}"},
-                )
-
-
-def _members(file: pa.NativeFile, start: int, size: int | None, where: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in `file`, bytes) of each plain file of the tar that begins at `start`. Reads headers only."""
-    stop = file.size() if size is None else start + size
-    position = start
-    while position < stop:
-        file.seek(position)
-        header = file.read(tarfile.BLOCKSIZE)
-        if header.count(0) == len(header) and header:
-            return
-        try:
-            member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-        except tarfile.HeaderError as error:
-            raise SourceError(
-                f"expected a tar at {where}, found a broken header at byte {position}: {error}"
-            ) from error
-        data = position + tarfile.BLOCKSIZE
-        if member.size < 0 or data + member.size > stop or member.size > max(_MAX_IMAGE_BYTES, (size is None) * stop):
-            raise SourceError(f"expected a complete tar at {where}, it ends inside {member.name!r}")
-        if member.isreg():
-            yield member.name, data, member.size
-        position = data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        inner = f"{run.name}.tar/" if archive == TRAIN else ""
+        with open_source(self._folder, archive) as file:
+            for entry, image, fault in read_members(file, entries, ahead=not self._folder.is_local):
+                facts = {"source": f"{archive}/{inner}{readable(entry.name)}"}
+                yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipelines.sources.base import Run, SourceError, SourceIndex, SourceItem
+from pipelines.sources.base import Entry, Part, Run, RunIndex, SourceError, SourceItem
+from vqvae_core.storage import Folder
 
 WELL_LIT_MAPS = ("E1M3", "E1M4", "E1M5", "E1M6", "E1M7", "E2M7", "MAP04")
 _TICS_PER_ACTION = 4
@@ -68,28 +69,38 @@ class ViZDoomSource:
         self.check()
         return {"kind": "vizdoom", "engine": importlib.metadata.version("vizdoom")}
 
-    def index(self) -> SourceIndex:
+    def parts(self) -> list[Part]:
         episodes_per_map = self.train_episodes_per_map + self.validation_episodes_per_map
-        runs = []
-        for label, name in enumerate(self.maps):
-            for episode in range(episodes_per_map):
-                seed = self.seed + label * episodes_per_map + episode
-                run = Run(name=f"{name}/{seed:06d}", locator={"map": name, "seed": seed})
-                runs.append((run, self.frames_per_episode, episode >= self.train_episodes_per_map))
-        return SourceIndex.of_runs(runs, label_map={name: label for label, name in enumerate(self.maps)})
+        return [
+            Part(name=name, locator={"seed": self.seed + number * episodes_per_map})
+            for number, name in enumerate(self.maps)
+        ]
 
-    def read(self, run: Run, positions: Sequence[int] | None = None) -> Iterator[SourceItem]:
+    def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        for episode in range(self.train_episodes_per_map + self.validation_episodes_per_map):
+            seed = part.locator["seed"] + episode
+            yield RunIndex(
+                run=Run(name=f"{part.name}/{seed:06d}", locator={"map": part.name, "seed": seed}),
+                entries=[
+                    Entry(
+                        position=position,
+                        name=f"{part.name}-{seed:06d}-{position:06d}",
+                        level=part.name,
+                        split="train" if episode < self.train_episodes_per_map else "validation",
+                    )
+                    for position in range(self.frames_per_episode)
+                ],
+            )
+
+    def labels(self, levels: set[str]) -> dict[str, int] | None:
+        return {name: label for label, name in enumerate(self.maps)}
+
+    def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         level, seed = run.locator["map"], run.locator["seed"]
-        wanted = None if positions is None else set(positions)
+        wanted = {entry.position for entry in entries}
         for position, pixels in enumerate(_walk(level, seed, self.frames_per_episode, self.actions_per_frame)):
-            if wanted is None or position in wanted:
-                yield SourceItem(
-                    position=position,
-                    key=f"{level}-{seed:06d}-{position:06d}",
-                    image=pixels,
-                    level=level,
-                    facts={"episode": seed, "step": position},
-                )
+            if position in wanted:
+                yield SourceItem(position=position, image=pixels, facts={"episode": seed, "step": position})
 
 
 def _world_of(name: str) -> str:

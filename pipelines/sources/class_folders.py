@@ -1,0 +1,113 @@
+"""A folder of class folders, a file an image: CLASS/image.jpg, or train/CLASS/image.jpg beside val/CLASS/image.jpg."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pipelines.sources.base import (
+    Entry,
+    Part,
+    Run,
+    RunIndex,
+    SourceItem,
+    check_fraction,
+    given_split,
+    number_by_name,
+    readable,
+    split_by_fraction,
+)
+from pipelines.sources.files import list_files, place_of, read_files
+from pipelines.sources.tars import MAX_MEMBER_BYTES
+from vqvae_core.artifacts import hash_json
+from vqvae_core.storage import Folder
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_WHAT = "a folder of class folders with images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassFoldersSource:
+    """Image files in a folder for each class. Folders train and val (or validation, or test) above them are the splits;
+    where there are none, a fraction of the images is validation. Images outside any folder have no label."""
+
+    path: str | None = field(default=None, metadata={"hashed": False})
+    """The folder, local or s3://. Never part of a fingerprint."""
+    validation_fraction: float = 0.05
+    """Share of the images that become validation where no folder is named so."""
+
+    random_access: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation_fraction)
+
+    @property
+    def _folder(self) -> Folder:
+        return place_of(self.path, _WHAT)
+
+    def _files(self) -> list[tuple[str, int]]:
+        return list_files(self.path, EXTENSIONS, _WHAT)
+
+    def check(self) -> None:
+        self._files()
+
+    def identity(self) -> dict[str, Any]:
+        files = [[readable(name), size] for name, size in self._files()]
+        return {"kind": "class_folders", "num_files": len(files), "files": hash_json(files)}
+
+    def parts(self) -> list[Part]:
+        """One for each folder, with the names and sizes of its files."""
+        folders: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        tops = set()
+        for name, size in self._files():
+            place, _, file = name.rpartition("/")
+            folders[place].append((file, size))
+            tops.add(given_split(name.split("/")[0]) if "/" in name else None)
+        given = "train" in tops and tops <= {"train", "validation", "test"} and len(tops) > 1
+        other = "validation" if "validation" in tops else "test"
+        parts = []
+        for place, files in sorted(folders.items()):
+            split = given_split(place.split("/")[0]) if given else None
+            if split in (None, "train", other):
+                parts.append(Part(name=place, locator={"files": files, "split": split}))
+        return parts
+
+    def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        given = part.locator["split"]
+        folders = [readable(folder) for folder in part.name.split("/")[1 if given else 0 :]]
+        level = folders[0] if folders and folders[0] else None
+        entries = []
+        for position, (name, size) in enumerate(part.locator["files"]):
+            whole = f"{readable(part.name)}/{readable(name)}"
+            split = given or split_by_fraction(whole, self.validation_fraction)
+            entries.append(
+                Entry(
+                    position=position,
+                    name=name,
+                    level=level,
+                    split="train" if split == "train" else "validation",
+                    num_bytes=size,
+                )
+            )
+        run = Run(name=readable(part.name), prefix="_".join(folders), locator={"folder": part.name})
+        yield RunIndex(run=run, entries=entries)
+
+    def labels(self, levels: set[str]) -> dict[str, int] | None:
+        return number_by_name(levels)
+
+    def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
+        names = [f"{run.locator['folder']}/{entry.name}".lstrip("/") for entry in entries]
+        small = [name for name, entry in zip(names, entries, strict=True) if entry.num_bytes <= MAX_MEMBER_BYTES]
+        files = read_files(self._folder, small)
+        for name, entry in zip(names, entries, strict=True):
+            facts = {"source": readable(name)}
+            if entry.num_bytes > MAX_MEMBER_BYTES:
+                fault = f"has more than {MAX_MEMBER_BYTES} bytes: {entry.num_bytes}"
+                yield SourceItem(position=entry.position, image=b"", facts=facts, fault=fault)
+                continue
+            data = next(files)
+            if isinstance(data, bytes):
+                yield SourceItem(position=entry.position, image=data, facts=facts)
+            else:
+                fault = f"cannot be read: {data.strerror or type(data).__name__}"
+                yield SourceItem(position=entry.position, image=b"", facts=facts, fault=fault)

@@ -1,0 +1,139 @@
+"""Images in Parquet as Hugging Face writes them: `image` or `img` struct<bytes, path>, and a column of labels."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.sources.base import (
+    Entry,
+    Part,
+    Run,
+    RunIndex,
+    SourceError,
+    SourceItem,
+    check_fraction,
+    number_by_name,
+    split_by_fraction,
+)
+from pipelines.sources.files import list_files, place_of
+from pipelines.sources.parquet import image_column, images_in, open_parquet, parts_of, read_group, split_of
+from vqvae_core.storage import Folder
+
+_IMAGES = ("image", "img")
+_WHAT = "Parquet files with images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceSource:
+    """Parquet files with an image a row. Files named train-* and validation-* (or test-*) are the splits; where they
+    are not, a fraction of the rows is validation."""
+
+    path: str | None = field(default=None, metadata={"hashed": False})
+    """Folder with the Parquet files, local or s3://. Never part of a fingerprint."""
+    label_column: str = "label"
+    """Column of whole numbers or strings; images have no label where it is missing."""
+    validation_fraction: float = 0.05
+    """Share of the rows that become validation where no file is named so."""
+
+    random_access: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation_fraction)
+
+    @property
+    def _folder(self) -> Folder:
+        return place_of(self.path, _WHAT)
+
+    def _files(self) -> list[tuple[str, int]]:
+        return list_files(self.path, ".parquet", _WHAT)
+
+    def check(self) -> None:
+        name = self._files()[0][0]
+        image_column(open_parquet(self._folder, name), _IMAGES, f"{self.path}/{name}")
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "huggingface", "files": [list(entry) for entry in self._files()]}
+
+    def parts(self) -> list[Part]:
+        return parts_of(self._files())
+
+    def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        file = open_parquet(self._folder, part.name)
+        image_column(file, _IMAGES, f"{self.path}/{part.name}")
+        classes = self._classes(file)
+        labelled = self.label_column in file.schema_arrow.names
+        stem, row = part.name.removesuffix(".parquet"), 0
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            levels = self._levels(part, file, group, classes) if labelled else [None] * count
+            entries = []
+            for position, level in enumerate(levels):
+                name = f"{stem}-{row + position:08d}"
+                split = split_of(part) or split_by_fraction(name, self.validation_fraction)
+                # Where a label is missing or out of range, `read` finds it again and says so.
+                entries.append(Entry(position=position, name=name, level=level, split=split))
+            row += count
+            run = Run(name=f"{part.name}#{group}", locator={"file": part.name, "group": group})
+            yield RunIndex(run=run, entries=entries)
+
+    def _classes(self, file: pq.ParquetFile) -> list[str] | None:
+        """The names of the labels, from the metadata that the datasets library writes."""
+        try:
+            features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
+            names = features[self.label_column]["names"]
+        except (KeyError, ValueError, TypeError):
+            return None
+        return [str(name) for name in names]
+
+    def _levels(self, part: Part, file: pq.ParquetFile, group: int, classes: list[str] | None) -> list[str | None]:
+        column = read_group(self._folder, part.name, file, group, [self.label_column])[self.label_column]
+        if not (pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_null(column.type)):
+            raise SourceError(
+                f"expected whole numbers or strings in `{self.label_column}` of {self.path}/{part.name}, found "
+                f"{column.type}; name another column with --data.label-column"
+            )
+        return [None if _fault(value, classes) else _level(value, classes) for value in column.to_pylist()]
+
+    def labels(self, levels: set[str]) -> dict[str, int] | None:
+        classes = self._all_classes()
+        if classes and levels <= set(classes):
+            return {name: label for label, name in enumerate(classes)}
+        return number_by_name(levels)
+
+    def _all_classes(self) -> list[str] | None:
+        return self._classes(open_parquet(self._folder, self.parts()[0].name))
+
+    def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
+        name, group = run.locator["file"], run.locator["group"]
+        file = open_parquet(self._folder, name)
+        column = image_column(file, _IMAGES, f"{self.path}/{name}")
+        columns = [column for column in (column, self.label_column) if column in file.schema_arrow.names]
+        table = read_group(self._folder, name, file, group, columns)
+        classes = self._classes(file)
+        rows = table.take([entry.position for entry in entries])
+        labels = rows[self.label_column].to_pylist() if self.label_column in columns else None
+        for number, (entry, (image, path)) in enumerate(zip(entries, images_in(rows, column), strict=True)):
+            fault = "has no bytes" if not image else ""
+            if labels is not None:
+                fault = fault or _fault(labels[number], classes)
+            facts = {
+                "source": f"{name}#{entry.name[-8:]}",
+                **({"path": path.replace("\\", "/").rpartition("/")[2]} if path else {}),
+            }
+            yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)
+
+
+def _fault(value: int | str | None, classes: list[str] | None) -> str:
+    if value is None:
+        return "has no label"
+    if isinstance(value, int) and not 0 <= value < (len(classes) if classes else 10**9):
+        return f"label {value} is outside 0 to {len(classes) - 1}" if classes else f"label {value} is below 0"
+    return ""
+
+
+def _level(value: int | str, classes: list[str] | None) -> str:
+    return classes[value] if classes and isinstance(value, int) else str(value)

@@ -1,0 +1,70 @@
+"""Parquet files of images: opened and read by row group, with what is wrong said in one line."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.sources.base import Part, SourceError, Split, splits_of
+from pipelines.sources.files import SourceFile, open_source
+from vqvae_core.storage import Folder
+
+
+def open_parquet(folder: Folder, name: str) -> pq.ParquetFile:
+    """Raises `SourceError` where the file is none."""
+    try:
+        return pq.ParquetFile(_buffered(open_source(folder, name)), pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            f"expected a Parquet file at {folder.uri}/{name}, it cannot be read: {str(error).splitlines()[0]}; "
+            "restore it or move it out of the folder"
+        ) from error
+
+
+def _buffered(file: SourceFile) -> Any:
+    return pa.PythonFile(file, mode="r")
+
+
+def read_group(folder: Folder, name: str, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
+    """Some columns of one row group. Raises `SourceError` where it cannot be read."""
+    try:
+        return file.read_row_group(group, columns=list(columns), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            f"expected to read row group {group} of {folder.uri}/{name}, but: {str(error).splitlines()[0]}; "
+            "restore the file or move it out of the folder"
+        ) from error
+
+
+def image_column(file: pq.ParquetFile, names: Sequence[str], where: str) -> str:
+    """The first of some columns that is a struct with bytes. Raises `SourceError` where there is none."""
+    schema = file.schema_arrow
+    for name in names:
+        if name in schema.names:
+            kind = schema.field(name).type
+            fields = {kind.field(number).name for number in range(kind.num_fields)}
+            if pa.types.is_struct(kind) and "bytes" in fields:
+                return name
+            raise SourceError(f"expected `{name}` as a struct of bytes and path in {where}, found {kind}")
+    wanted = " or ".join(f"`{name}`" for name in names)
+    raise SourceError(f"expected the column {wanted} in {where}, found the columns {', '.join(schema.names)}")
+
+
+def images_in(table: pa.Table, column: str) -> Iterator[tuple[bytes, str | None]]:
+    """(bytes, path) of each row; no bytes where they are null."""
+    for image in table[column]:
+        value = image.as_py() or {}
+        yield value.get("bytes") or b"", value.get("path")
+
+
+def parts_of(files: Sequence[tuple[str, int]]) -> list[Part]:
+    """One for each file, with the split that its name gives."""
+    given = splits_of([name for name, _ in files])
+    names = [name for name, _ in files]
+    return [Part(name=name, locator={"split": given[name] if given else None}) for name in names
+            if given is None or name in given]  # fmt: skip
+
+
+def split_of(part: Part) -> Split | None:
+    return part.locator["split"]

@@ -1,0 +1,74 @@
+"""Walking the headers of a tar inside a file, without unpacking it and without reading what is in it."""
+
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pipelines.sources.base import Entry, SourceError
+from pipelines.sources.files import SourceFile, Window, read_ranges
+
+MAX_MEMBER_BYTES = 256 << 20  # of one picture; a larger member is not read
+_SMALL_BYTES = 1 << 20  # of a label
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A plain file in a tar: its name (bytes that are no UTF-8 as surrogates), its place in the whole file, and its
+    contents where they were asked for."""
+
+    name: str
+    offset: int
+    num_bytes: int
+    data: bytes = b""
+
+
+def members(
+    file: SourceFile,
+    where: str,
+    start: int = 0,
+    size: int | None = None,
+    wanted: Callable[[str], bool] = lambda name: False,
+) -> Iterator[Member]:
+    """The plain files of the tar at [start, start + size) of a file, in order. Raises `SourceError` for a cut one.
+
+    wanted: whether the contents of a member of this name are read too, where they are small.
+    """
+    size = file.size() - start if size is None else size
+    window = Window(file, start, size)
+    try:
+        # The encoding is named: the default follows the locale.
+        with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  it would keep them all
+                if member.size < 0 or member.offset_data + member.size > size:
+                    raise SourceError(f"expected a complete tar at {where}, it ends inside {member.name!r}; restore it")
+                if member.isreg() and not member.issparse():
+                    data = b""
+                    if wanted(member.name) and member.size <= _SMALL_BYTES:
+                        window.seek(member.offset_data)
+                        data = window.read(member.size)
+                    yield Member(member.name, start + member.offset_data, member.size, data)
+            _check_end(window, tar.offset, size, where)
+    except (tarfile.TarError, EOFError) as error:
+        raise SourceError(f"expected a complete tar at {where}, found: {error}; restore it") from error
+
+
+def _check_end(window: Window, end: int, size: int, where: str) -> None:
+    """A tar ends with a block of zeros. One that is cut between two files has none."""
+    window.seek(end)
+    block = window.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE or any(block):
+        raise SourceError(
+            f"expected a complete tar at {where}, it has no end mark after {end} of {size} bytes; restore it"
+        )
+
+
+def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> Iterator[tuple[Entry, bytes, str]]:
+    """(entry, bytes, "") of each entry by its place, or no bytes and the fault of one that is too large."""
+    small = [entry for entry in entries if entry.num_bytes <= MAX_MEMBER_BYTES]
+    data = read_ranges(file, [(entry.offset, entry.num_bytes) for entry in small], ahead=ahead)
+    for entry in entries:
+        if entry.num_bytes > MAX_MEMBER_BYTES:
+            yield entry, b"", f"has more than {MAX_MEMBER_BYTES} bytes: {entry.num_bytes}"
+        else:
+            yield entry, next(data), ""

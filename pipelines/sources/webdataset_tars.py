@@ -1,0 +1,139 @@
+"""WebDataset tars that somebody made: members of one key next to each other, one of them an image.
+
+Only the image and its label (`.cls`, or `label` in `.json`) are looked at. Other members are never read, so nothing
+that they hold can run.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pipelines.sources.base import (
+    Entry,
+    Part,
+    Run,
+    RunIndex,
+    SourceItem,
+    check_fraction,
+    number_by_name,
+    readable,
+    split_by_fraction,
+    splits_of,
+)
+from pipelines.sources.files import list_files, open_source, place_of
+from pipelines.sources.tars import Member, members, read_members
+from vqvae_core.storage import Folder
+
+_IMAGES = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+_LABELS = ("cls", "json")
+_WHAT = "WebDataset tars"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WebDatasetSource:
+    """Tars of samples. Files named train-* and val-* (or test-*) are the splits; where they are not, a fraction of the
+    samples is validation."""
+
+    path: str | None = field(default=None, metadata={"hashed": False})
+    """Folder with the tars, local or s3://. Never part of a fingerprint."""
+    validation_fraction: float = 0.05
+    """Share of the samples that become validation where no tar is named so."""
+
+    random_access: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_fraction(self.validation_fraction)
+
+    @property
+    def _folder(self) -> Folder:
+        return place_of(self.path, _WHAT)
+
+    def _files(self) -> list[tuple[str, int]]:
+        return list_files(self.path, ".tar", _WHAT)
+
+    def check(self) -> None:
+        open_source(self._folder, self._files()[0][0]).close()
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "webdataset", "files": [list(entry) for entry in self._files()]}
+
+    def parts(self) -> list[Part]:
+        names = [name for name, _ in self._files()]
+        given = splits_of(names)
+        return [
+            Part(name=name, locator={"split": given[name] if given else None})
+            for name in names
+            if given is None or name in given
+        ]
+
+    def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        entries = []
+        with open_source(self._folder, part.name) as file:
+            for position, (key, sample) in enumerate(_samples(members(file, part.name, wanted=_is_label))):
+                name = f"{part.name}/{readable(key)}"
+                image = next((sample[kind] for kind in _IMAGES if kind in sample), None)
+                entries.append(
+                    Entry(
+                        position=position,
+                        name=key,
+                        level=_level(sample),
+                        split=part.locator["split"] or split_by_fraction(name, self.validation_fraction),
+                        offset=image.offset if image else 0,
+                        num_bytes=image.num_bytes if image else -1,
+                    )
+                )
+        yield RunIndex(run=Run(name=part.name, locator={"file": part.name}), entries=entries)
+
+    def labels(self, levels: set[str]) -> dict[str, int] | None:
+        return number_by_name(levels)
+
+    def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
+        with open_source(self._folder, run.locator["file"]) as file:
+            found = [entry for entry in entries if entry.num_bytes >= 0]
+            images = read_members(file, found, ahead=not self._folder.is_local)
+            for entry in entries:
+                image, fault = b"", "has no image among its members"
+                if entry.num_bytes >= 0:
+                    _, image, fault = next(images)
+                facts = {"source": f"{run.name}/{readable(entry.name)}"}
+                yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """(key, extension): the key ends at the first dot of the last part of the name."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def _is_label(name: str) -> bool:
+    return _split_name(name)[1] in _LABELS
+
+
+def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Neighbours with one key are a sample; an extension that comes again begins the next one."""
+    key, sample = "", {}
+    for member in found:
+        name, extension = _split_name(member.name)
+        if sample and (name != key or extension in sample):
+            yield key, sample
+            sample = {}
+        key = name
+        sample[extension] = member
+    if sample:
+        yield key, sample
+
+
+def _level(sample: dict[str, Member]) -> str | None:
+    """The name of a sample's label, None where it has none that can be read."""
+    if "cls" in sample:
+        return sample["cls"].data.decode("utf-8", "replace").strip() or None
+    if "json" not in sample:
+        return None
+    try:
+        facts = json.loads(sample["json"].data)
+    except ValueError:
+        return None
+    values = [facts.get(name) for name in ("level", "label", "cls", "class")] if isinstance(facts, dict) else []
+    return next((str(value) for value in values if isinstance(value, str | int)), None)
