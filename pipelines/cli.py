@@ -19,6 +19,7 @@ from cluster.session import ResourceError
 from pipelines.config import PipelineConfig, config_from_manifest
 from pipelines.presets import PRESETS
 from pipelines.ray_train import TrainingFailedError
+from pipelines.sources import SOURCES
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 from vqvae_core.train import NonFiniteLossError
@@ -38,7 +39,7 @@ class Options:
 
 def parse(arguments: list[str], default_preset: str = "doom84") -> Options:
     """Options from arguments. Raises `InputError` in one line for anything that does not fit; exits 0 on --help."""
-    own, rest = _take(arguments, ("--preset", "--root", "--source", "--config"))
+    own, rest = _take(arguments, ("--preset", "--root", "--source", "--source-kind", "--config"))
     track = "--no-track" not in rest
     rest = [argument for argument in rest if argument != "--no-track"]
     preset = own.get("--preset", default_preset)
@@ -47,11 +48,19 @@ def parse(arguments: list[str], default_preset: str = "doom84") -> Options:
     config = PRESETS[preset][0]
     if "--config" in own:
         config = replay(own["--config"])
+    if "--source-kind" in own:
+        kind = own["--source-kind"]
+        if kind not in SOURCES:
+            raise InputError(
+                f"expected a kind of source out of {', '.join(SOURCES)}, found {kind!r}{_nearest(kind, SOURCES)}"
+            )
+        if not isinstance(config.data, SOURCES[kind]):
+            config = dataclasses.replace(config, data=SOURCES[kind]())
     if "--source" in own:
         if not any(item.name == "path" for item in dataclasses.fields(config.data)):
             raise InputError(
                 f"expected no --source for the preset {preset}, whose frames are made live, found {own['--source']!r}; "
-                "choose another --preset"
+                "choose another --preset, or what lies there with --source-kind"
             )
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=Folder.of(own["--source"]).uri))
     if "--help" in rest or "-h" in rest:
@@ -83,10 +92,11 @@ def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str],
 def _usage() -> str:
     presets = "\n".join(f"  {name:12} {what}" for name, (_, what) in PRESETS.items())
     return (
-        "usage: full.py [--preset NAME] [--root FOLDER] [--source PLACE] [--config MANIFEST] [--no-track] [--FIELD "
-        f"VALUE ...]\n\npresets (--preset):\n{presets}\n\n"
+        "usage: full.py [--preset NAME] [--root FOLDER] [--source PLACE] [--source-kind KIND] [--config MANIFEST] "
+        f"[--no-track] [--FIELD VALUE ...]\n\npresets (--preset):\n{presets}\n\n"
         "--root FOLDER      where artifacts go, local or s3://bucket/prefix (runs/PRESET)\n"
         "--source PLACE     folder with the source's files, local or s3://\n"
+        f"--source-kind KIND  what lies there, where the preset expects something else: {', '.join(SOURCES)}\n"
         "--config MANIFEST  a manifest.json whose config is run again\n"
         "--no-track         without MLflow\n"
     )

@@ -89,7 +89,8 @@ def make_plan(counts: np.ndarray, config: ShardConfig) -> Plan:
     runs = np.arange(len(counts))
     if totals.sum() > config.mix_images:
         runs = permutation(len(counts), config.seed, len(SPLITS))
-    group = (np.cumsum(totals[runs]) - totals[runs]) // config.mix_images
+    num_groups = max(1, -(-int(totals.sum()) // config.mix_images))
+    group = (np.cumsum(totals[runs]) - totals[runs]) * num_groups // max(1, int(totals.sum()))
     _, group = np.unique(group, return_inverse=True)
     runs = runs[np.lexsort((runs, group))]
     bounds = np.searchsorted(np.sort(group), np.arange(group.max() + 2 if len(group) else 1))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.data_report import REPORT as DATA_REPORT
+from pipelines.data_report import SHEET
 from pipelines.sample import GRID
 from pipelines.stage import StageReport
 from pipelines.train_vqvae import RECONSTRUCTIONS
@@ -36,6 +38,9 @@ def make_report(name: str, reports: list[StageReport], config: Mapping[str, Any]
     parts = [
         f"<h1>{html.escape(name)}</h1>",
         f"<p class=lead>Raw frames to tokens, a prior and samples. This run took {seconds:.0f} s.</p>",
+        "<h2>Data</h2>",
+        _picture(stages["shard"], SHEET, "Images of the train split, as they are in the shards."),
+        _data(stages["shard"]),
         "<h2>Reconstructions</h2>",
         _picture(stages["train_vqvae"], RECONSTRUCTIONS, "Validation images; below them their reconstructions."),
         "<h2>Samples of the prior</h2>",
@@ -66,17 +71,50 @@ def _picture(artifact: Artifact, path: str, caption: str) -> str:
     return _image(artifact.read(path), caption)
 
 
+def _data(shards: Artifact) -> str:
+    """What the shard stage counted."""
+    report, facts = json.loads(shards.read(DATA_REPORT)), shards.facts
+    splits = facts["splits"]
+    sides = ", ".join(f"{name}: {count:,}" for name, count in report["shorter_side"].items() if count)
+    kinds = ", ".join(f"{name}: {count:,}" for name, count in report["kinds"].items())
+    rejects = ", ".join(f"{reason}: {count:,}" for reason, count in report["rejects"].items()) or "none"
+    counts = [sum(each.values()) for each in report["levels"].values()]
+    duplicates = report["exact_duplicates"]
+    rows = [
+        ("Images", f"{splits['train']['images']:,} + {splits['validation']['images']:,}",
+         f"train + validation, out of {facts['source_images']:,} taken of the source"),
+        ("Rejected", f"{sum(report['rejects'].values()):,}", rejects),
+        ("Exact duplicates", "not counted" if duplicates is None else f"{duplicates:,}",
+         "files with the same bytes as another one before; they are kept"),
+        ("Source size", " x ".join("{} to {}".format(*report[name]) for name in ("width", "height")),
+         f"width x height in pixels; shorter side {sides}; {report['enlarged']:,} enlarged"),
+        ("Source files", f"{len(report['kinds'])} kinds", kinds),
+        ("Labels", f"{len(counts):,}", _spread(counts)),
+        ("Mean", _channels(report["mean"]), "of the train split's pixels, red, green, blue, in 0 to 255"),
+        ("Deviation", _channels(report["deviation"]), "standard deviation of the same"),
+    ]  # fmt: skip
+    return _table(rows)
+
+
+def _spread(counts: list[int]) -> str:
+    return f"with {min(counts):,} to {max(counts):,} images each" if counts else "the source has none"
+
+
+def _channels(values: list[float]) -> str:
+    return " / ".join(f"{value:.1f}" for value in values)
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    lines = [
+        f"<tr><th>{name}</th><td class=number>{value}</td><td><small>{html.escape(meaning)}</small></td></tr>"
+        for name, value, meaning in rows
+    ]
+    return f"<table>{''.join(lines)}</table>"
+
+
 def _numbers(stages: Mapping[str, Artifact]) -> str:
     model, prior = stages["train_vqvae"].facts, stages["train_prior"].facts
-    shards = stages["shard"].facts
-    splits = shards["splits"]
-    rejected = sum(shards["rejects"].values())
     rows = [
-        (
-            "Images",
-            f"{splits['train']['images']:,} + {splits['validation']['images']:,}",
-            f"train + validation, {shards['size']} x {shards['size']}; {rejected} rejected",
-        ),
         (
             "PSNR",
             f"{model['psnr_db']:.2f} dB",
@@ -117,11 +155,7 @@ def _numbers(stages: Mapping[str, Artifact]) -> str:
         ),
         ("Latents, uniform prior", f"{prior['latent_bits_per_dim_uniform']:.4f} bits/dim", "log2 K for each token"),
     ]
-    lines = [
-        f"<tr><th>{name}</th><td class=number>{value}</td><td><small>{html.escape(meaning)}</small></td></tr>"
-        for name, value, meaning in rows
-    ]
-    return f"<table>{''.join(lines)}</table>"
+    return _table(rows)
 
 
 def _curves(stages: Mapping[str, Artifact]) -> str:

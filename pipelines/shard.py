@@ -456,6 +456,8 @@ def prepare(
     try:
         if item.fault:
             raise ImageError(item.fault)
+        if label_map and level is None:
+            raise ImageError("no label: other images of the source have one")
         picture = _picture(item.image)
         width, height = picture.image.size
         size = config.image_size

@@ -18,6 +18,7 @@ from vqvae_core.storage import Folder
 T = TypeVar("T")
 EXPERIMENT = "vqvae-pipeline"
 _MAX_PARAM_CHARACTERS = 500
+_SHOWN = ("contact_sheet.png", "data.json", "reconstructions.png", "samples.png")  # files to look at in a run
 
 
 class Tracker:
@@ -205,10 +206,10 @@ class StageRun:
         client.set_tag(run_id, "artifact", artifact.folder.uri)
         client.set_tag(run_id, "artifact.content", artifact.manifest.content)
         _log_file(client, run_id, "manifest.json", artifact.manifest.dump())
-        for path in artifact.files:
-            if path.endswith(".png") and "/" not in path:
+        for path in _SHOWN:
+            if path in artifact.files:
                 _log_file(client, run_id, path, artifact.read(path))
-        if any(path == "model.safetensors" for path in artifact.files):
+        if "model.safetensors" in artifact.files:
             self._register(run_id, artifact)
         client.set_terminated(run_id, status="FINISHED")
 

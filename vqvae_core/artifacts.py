@@ -7,10 +7,13 @@ import builtins
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -71,10 +74,73 @@ class FileEntry:
         return cls(path, rows, len(data), hash_bytes(data))
 
 
-def content_digest(files: Iterable[FileEntry]) -> str:
+class FileTable(Mapping[str, FileEntry]):
+    """The files of an artifact by path, in order. Kept as columns: there may be millions."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.combine_chunks()
+
+    @classmethod
+    def of(cls, files: Iterable[FileEntry]) -> "FileTable":
+        """The table of some files, put in order. They may come one by one; only their columns are kept."""
+        batches = [
+            pa.RecordBatch.from_arrays(
+                [pa.array([getattr(entry, field.name) for entry in entries], field.type) for field in _FILES_SCHEMA],
+                schema=_FILES_SCHEMA,
+            )
+            for entries in _batches(files, _CHUNK)
+        ]
+        table = pa.Table.from_batches(batches, schema=_FILES_SCHEMA)
+        paths = table["path"].to_pylist()
+        if any(a >= b for a, b in pairwise(paths)):
+            table = table.take(sorted(range(len(paths)), key=paths.__getitem__))
+        return cls(table)
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __iter__(self) -> Iterator[str]:
+        for batch in self.table.to_batches(max_chunksize=_CHUNK):
+            yield from batch["path"].to_pylist()
+
+    def __getitem__(self, path: str) -> FileEntry:
+        row = bisect_left(range(len(self)), path, key=self._path)
+        if row == len(self) or self._path(row) != path:
+            raise KeyError(path)
+        return FileEntry(**self.table.slice(row, 1).to_pylist()[0])
+
+    def _path(self, row: int) -> str:
+        return self.table["path"][row].as_py()
+
+    def __contains__(self, path: object) -> bool:
+        return isinstance(path, str) and self.get(path) is not None
+
+    def values(self) -> Any:
+        """Every entry, in order, made as it is asked for."""
+        for batch in self.table.to_batches(max_chunksize=_CHUNK):
+            columns = (batch[field.name].to_pylist() for field in _FILES_SCHEMA)
+            yield from map(FileEntry, *columns)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FileTable) and self.table.equals(other.table)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_CHUNK = 1 << 16
+
+
+def _batches(entries: Iterable[FileEntry], size: int) -> Iterator[list[FileEntry]]:
+    waiting = iter(entries)
+    while batch := list(itertools.islice(waiting, size)):
+        yield batch
+
+
+def content_digest(files: "Iterable[FileEntry] | FileTable") -> str:
     """A hash of all file hashes with their paths: what the artifact contains, whatever its provenance."""
+    table = files if isinstance(files, FileTable) else FileTable.of(files)
     digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.path):
+    for file in table.values():
         digest.update(f"{file.path}\0{file.rows}\0{file.sha256}\n".encode())
     return digest.hexdigest()
 
@@ -149,7 +215,7 @@ class Artifact:
         return self.manifest.facts
 
     @cached_property
-    def files(self) -> dict[str, FileEntry]:
+    def files(self) -> "FileTable":
         """path -> entry of every file. The table's own hash is checked here."""
         name, expected = self.manifest.files["name"], self.manifest.files["sha256"]
         try:
@@ -159,16 +225,16 @@ class Artifact:
         found = hash_bytes(data)
         if found != expected:
             raise self._broken(name, f"sha256 {expected[:12]}", f"{found[:12]}")
-        rows = pq.read_table(io.BytesIO(data), schema=_FILES_SCHEMA).to_pylist()
-        return {row["path"]: FileEntry(**row) for row in rows}
+        return FileTable(pq.read_table(io.BytesIO(data), schema=_FILES_SCHEMA))
 
     def check_files(self) -> None:
         """Every file is there with its size. Cheap: no file is read. Raises `ArtifactError` for the first fault."""
-        for entry in self.files.values():
-            size = self.folder.size(entry.path)
-            if size != entry.bytes:
-                found = "nothing" if size is None else f"{size} bytes"
-                raise self._broken(entry.path, f"{entry.bytes} bytes", found)
+        for entries in _batches(self.files.values(), _CHUNK):
+            sizes = self.folder.sizes([entry.path for entry in entries])
+            for entry, size in zip(entries, sizes, strict=True):
+                if size != entry.bytes:
+                    found = "nothing" if size is None else f"{size} bytes"
+                    raise self._broken(entry.path, f"{entry.bytes} bytes", found)
 
     def read(self, path: str) -> bytes:
         """A whole file, checked against its hash. Raises `ArtifactError` where it differs."""
@@ -207,10 +273,9 @@ def commit(
     provenance: Mapping[str, Any],
 ) -> Artifact:
     """Write the table of files, then the manifest: from here on the artifact exists."""
-    entries = sorted(files, key=lambda entry: entry.path)
-    table = pa.Table.from_pylist([dataclasses.asdict(entry) for entry in entries], schema=_FILES_SCHEMA)
+    table = FileTable.of(files)
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table.table, buffer, compression="zstd")
     folder.write(FILES, buffer.getvalue())
     manifest = Manifest(
         kind=kind,
@@ -220,7 +285,7 @@ def commit(
         recipe=json.loads(canonical_json(recipe)),
         inputs={name: reference(artifact) for name, artifact in inputs.items()},
         files={"name": FILES, "sha256": hash_bytes(buffer.getvalue())},
-        content=content_digest(entries),
+        content=content_digest(table),
         facts=json.loads(canonical_json(facts)),
         provenance=json.loads(canonical_json(provenance)),
     )

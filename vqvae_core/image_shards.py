@@ -5,6 +5,7 @@ A sample is `<key>.png|webp|jpg` and `<key>.json`, next to each other. Any WebDa
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from vqvae_core.images import IMAGE_FORMATS, decode
 from vqvae_core.storage import Folder
 
 KIND = "ImageShards"
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,140}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,11 @@ class ImageShards:
         return sorted(path for path in self.artifact.files if path.startswith(f"{split}-") and path.endswith(".tar"))
 
     def num_images(self, split: str) -> int:
-        return sum(self.artifact.files[path].rows for path in self.shards(split))
+        return sum(
+            file.rows
+            for file in self.artifact.files.values()
+            if file.path.startswith(f"{split}-") and file.path.endswith(".tar")
+        )
 
     def read(self, path: str) -> list[Sample]:
         """The samples of one shard, checked against the manifest's hash and count."""

@@ -105,7 +105,11 @@ class TokenShards:
         return sorted(path for path in self.artifact.files if path.startswith(f"{split}-"))
 
     def num_images(self, split: str) -> int:
-        return sum(self.artifact.files[path].rows for path in self.shards(split))
+        return sum(
+            file.rows
+            for file in self.artifact.files.values()
+            if file.path.startswith(f"{split}-") and file.path.endswith(".parquet")
+        )
 
     def read(self, path: str) -> TokenTable:
         """One shard, checked against the manifest's hash and count."""

@@ -117,17 +117,18 @@ class Source(Protocol):
 
 
 def number_by_name(levels: set[str]) -> dict[str, int] | None:
-    """Labels by the order of names: what most sources use. Names that are whole numbers keep their value."""
+    """Labels by the order of names: what most sources use. Names that are whole numbers keep their value; numbers that
+    do not occur below the largest one are labels too."""
     if not levels:
         return None
     if all(is_label(level) for level in levels):
-        return {level: int(level) for level in sorted(levels, key=int)}
+        return {str(label): label for label in range(max(map(int, levels)) + 1)}
     return {level: label for label, level in enumerate(sorted(levels))}
 
 
 def is_label(level: str) -> bool:
-    """A whole number as a label map writes it, that fits 31 bits."""
-    return level.isascii() and level.isdecimal() and (level == "0" or level[0] != "0") and len(level) < 10
+    """A whole number as a label map writes it, below 100,000: larger ones are names."""
+    return level.isascii() and level.isdecimal() and (level == "0" or level[0] != "0") and len(level) < 6
 
 
 def fraction_of(name: str, seed: int = 0) -> float:

@@ -105,10 +105,11 @@ class Cifar10Source:
         with open_source(spool, run.locator["spool"]) as file:
             for entry in entries:
                 record = file.read_at(entry.offset, entry.num_bytes)
+                label, last = record[0], len(CLASSES) - 1
                 pixels = np.frombuffer(record, np.uint8, offset=1).reshape(3, 32, 32).transpose(1, 2, 0)
                 yield SourceItem(
                     position=entry.position,
                     image=np.ascontiguousarray(pixels),
                     facts={"source": f"{ARCHIVE}/{run.name}.bin#{entry.position}"},
-                    fault="" if record[0] < len(CLASSES) else f"label {record[0]} is outside 0 to {len(CLASSES) - 1}",
+                    fault="" if label <= last else f"label out of range: {label} is not 0 to {last}",
                 )

@@ -102,7 +102,7 @@ class ClassFoldersSource:
         for name, entry in zip(names, entries, strict=True):
             facts = {"source": readable(name)}
             if entry.num_bytes > MAX_MEMBER_BYTES:
-                fault = f"has more than {MAX_MEMBER_BYTES} bytes: {entry.num_bytes}"
+                fault = f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
                 yield SourceItem(position=entry.position, image=b"", facts=facts, fault=fault)
                 continue
             data = next(files)

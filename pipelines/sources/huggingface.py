@@ -117,7 +117,7 @@ class HuggingFaceSource:
         rows = table.take([entry.position for entry in entries])
         labels = rows[self.label_column].to_pylist() if self.label_column in columns else None
         for number, (entry, (image, path)) in enumerate(zip(entries, images_in(rows, column), strict=True)):
-            fault = "has no bytes" if not image else ""
+            fault = "no bytes: the cell is empty" if not image else ""
             if labels is not None:
                 fault = fault or _fault(labels[number], classes)
             facts = {
@@ -129,9 +129,11 @@ class HuggingFaceSource:
 
 def _fault(value: int | str | None, classes: list[str] | None) -> str:
     if value is None:
-        return "has no label"
-    if isinstance(value, int) and not 0 <= value < (len(classes) if classes else 10**9):
-        return f"label {value} is outside 0 to {len(classes) - 1}" if classes else f"label {value} is below 0"
+        return "no label: the cell is empty"
+    if isinstance(value, int) and classes and not 0 <= value < len(classes):
+        return f"label out of range: {value} is not 0 to {len(classes) - 1}"
+    if isinstance(value, int) and value < 0:
+        return f"label out of range: {value} is below 0"
     return ""
 
 

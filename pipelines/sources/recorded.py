@@ -97,6 +97,7 @@ class RecordedFramesSource:
         images = images_in(rows, "image")
         for entry, (image, path), (level, episode, step) in zip(entries, images, values, strict=True):
             missing = [column for column, value in zip(_FRAME, (level, episode, step), strict=True) if value is None]
-            fault = f"has no {', '.join(missing)}" if missing else "" if image else "has no bytes"
+            missing += [] if image else ["bytes"]
+            fault = f"no {', '.join(missing)}: the cell is empty" if missing else ""
             facts = {"episode": episode, "step": step, "source": path}
             yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)

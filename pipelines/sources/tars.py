@@ -69,6 +69,6 @@ def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> 
     data = read_ranges(file, [(entry.offset, entry.num_bytes) for entry in small], ahead=ahead)
     for entry in entries:
         if entry.num_bytes > MAX_MEMBER_BYTES:
-            yield entry, b"", f"has more than {MAX_MEMBER_BYTES} bytes: {entry.num_bytes}"
+            yield entry, b"", f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
         else:
             yield entry, next(data), ""

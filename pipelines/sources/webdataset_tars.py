@@ -93,7 +93,7 @@ class WebDatasetSource:
             found = [entry for entry in entries if entry.num_bytes >= 0]
             images = read_members(file, found, ahead=not self._folder.is_local)
             for entry in entries:
-                image, fault = b"", "has no image among its members"
+                image, fault = b"", "no image: none among the members of its key"
                 if entry.num_bytes >= 0:
                     _, image, fault = next(images)
                 facts = {"source": f"{run.name}/{readable(entry.name)}"}

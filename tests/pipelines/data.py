@@ -1,6 +1,8 @@
 """Small sources made in memory: recorded frames as Parquet, and archives in the layout of ImageNet."""
 
+import gzip
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -47,16 +49,16 @@ def write_imagenet(folder: Path, *, num_synsets: int = 3, num_images: int = 4) -
             (f"n{number:08d}_{position}.JPEG", encode(frame(10 * number + position, 24 + 8 * position), "jpg"))
             for position in range(num_images)
         ]
-        outer.append((f"n{number:08d}.tar", _tar(pictures)))
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(_tar(outer))
+        outer.append((f"n{number:08d}.tar", tar_of(pictures)))
+    (folder / "ILSVRC2012_img_train.tar").write_bytes(tar_of(outer))
     pictures = [
         (f"ILSVRC2012_val_{number + 1:08d}.JPEG", encode(frame(500 + number, 40), "jpg")) for number in range(5)
     ]
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(_tar(pictures))
+    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(pictures))
     (folder / "val_synsets.txt").write_text("".join(f"n{number % 2 + 1:08d}\n" for number in range(5)))
 
 
-def _tar(files: list[tuple[str, bytes]]) -> bytes:
+def tar_of(files: list[tuple[str, bytes]]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name, data in files:
@@ -64,3 +66,66 @@ def _tar(files: list[tuple[str, bytes]]) -> bytes:
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def write_class_folders(folder: Path, *, splits: tuple[str, ...] = ("",), num_images: int = 6) -> None:
+    """Classes cat and dog, a PNG an image, under each of some folders."""
+    for number, split in enumerate(splits):
+        for label, name in enumerate(("cat", "dog")):
+            place = folder / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            for position in range(num_images):
+                data = encode(frame(1000 * number + 100 * label + position, 20 + 4 * position), "png")
+                (place / f"{split}{name}_{position}.png").write_bytes(data)
+
+
+def write_huggingface(folder: Path, *, names: bool = True, num_rows: int = 14) -> None:
+    """train-*.parquet (2 files) and validation-*.parquet with `image` and `label`, in row groups of 5."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = {"info": {"features": {"label": {"names": ["ant", "bee", "cow"], "_type": "ClassLabel"}}}}
+    for file, name in enumerate(("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001")):
+        rows = [
+            {"image": {"bytes": encode(frame(50 * file + row, 24), "png"), "path": f"{row}.png"}, "label": row % 3}
+            for row in range(num_rows)
+        ]
+        table = pa.Table.from_pylist(rows)
+        if names:
+            table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=5)
+
+
+def write_cifar10(folder: Path, *, num_records: int = 9, labels: tuple[int, ...] = tuple(range(10))) -> None:
+    """cifar-10-binary.tar.gz with six batches of some records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for batch, name in enumerate([*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]):
+        records = [
+            bytes([labels[(batch + row) % len(labels)]]) + frame(40 * batch + row, 32).transpose(2, 0, 1).tobytes()
+            for row in range(num_records)
+        ]
+        files.append((f"cifar-10-batches-bin/{name}.bin", b"".join(records)))
+    files.append(("cifar-10-batches-bin/batches.meta.txt", b"airplane\n"))
+    (folder / "cifar-10-binary.tar.gz").write_bytes(gzip.compress(tar_of(files), mtime=0))
+
+
+def write_webdataset(folder: Path, *, num_tars: int = 3, num_samples: int = 8) -> None:
+    """Tars with jpg + cls, and a member that must not be looked at."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(num_tars):
+        files = []
+        for row in range(num_samples):
+            key = f"{number * 100 + row:06d}"
+            files.append((f"{key}.jpg", encode(frame(70 * number + row, 28), "jpg")))
+            files.append((f"{key}.cls", str(row % 4).encode()))
+            files.append((f"{key}.pyd", b"cos\nsystem\n(S'touch executed'\ntR."))
+        (folder / f"shard-{number:04d}.tar").write_bytes(tar_of(files))
+
+
+WRITERS = {
+    "recorded_frames": write_frames,
+    "imagenet": write_imagenet,
+    "class_folders": write_class_folders,
+    "huggingface": write_huggingface,
+    "cifar10": write_cifar10,
+    "webdataset": write_webdataset,
+}

@@ -21,7 +21,7 @@ from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShards
 
 pytestmark = pytest.mark.slow
-STAGES = ("shard", "train_vqvae", "tokenize", "train_prior", "sample")
+STAGES = ("index", "shard", "train_vqvae", "tokenize", "train_prior", "sample")
 
 
 def smoke(root: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
@@ -108,7 +108,7 @@ def test_a_second_run_does_no_work(done: tuple[Path, str]) -> None:
     assert seconds < 60, "reuse must not start Ray"
 
 
-@pytest.mark.parametrize(("script", "count"), [("shard", 1), ("tokenize_images", 3), ("sample", 5)])
+@pytest.mark.parametrize(("script", "count"), [("shard", 2), ("tokenize_images", 4), ("sample", 6)])
 def test_each_stage_is_a_script(done: tuple[Path, str], script: str, count: int) -> None:
     """It runs the stages up to itself."""
     command = [sys.executable, str(ROOT / "pipelines" / f"{script}.py"), "--preset", "smoke", "--root", str(done[0])]
@@ -125,7 +125,7 @@ def test_another_root_gets_the_same_shards(done: tuple[Path, str], tmp_path: Pat
     one, other = artifacts(root), artifacts(tmp_path)
     assert one["shard"].files == other["shard"].files
     assert one["train_vqvae"].manifest.fingerprint == other["train_vqvae"].manifest.fingerprint
-    for stage in STAGES[1:]:
+    for stage in STAGES:
         assert one[stage].files == other[stage].files
 
 
@@ -147,7 +147,7 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         assert {status for *_, status in runs} == {"FINISHED"}
         ids = {name: run for run, name, _ in runs}
         parents = store.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
-        assert parents == [(ids["smoke"],)] * 5
+        assert parents == [(ids["smoke"],)] * 6
         query = "select count(*) from metrics where run_uuid = ? and key = ?"
         assert store.execute(query, (ids["train_vqvae"], "mse")).fetchone() == (6,)
         assert store.execute(query, (ids["train_prior"], "validation_bits_per_token")).fetchone() == (2,)
@@ -158,12 +158,19 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         models = store.execute("select name, current_stage from model_versions").fetchall()
         assert {name for name, _ in models} == {"VQVAEModel", "PriorModel"}
     names = {path.name for path in (root / "mlartifacts").rglob("*")}
-    assert {"reconstructions.png", "samples.png", "report.html", "model.safetensors"} <= names
+    assert {
+        "contact_sheet.png",
+        "data.json",
+        "reconstructions.png",
+        "samples.png",
+        "report.html",
+        "model.safetensors",
+    } <= names
 
 
 def test_the_report_is_self_contained(done: tuple[Path, str]) -> None:
     page = (done[0] / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert page.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r"(src|href)=[\"']?https?:", page)
     for word in ("Reconstructions", "Samples of the prior", "PSNR", "bits/token", "train_vqvae"):
@@ -174,7 +181,7 @@ def test_a_config_is_replayed_from_a_manifest(done: tuple[Path, str]) -> None:
     manifest = artifacts(done[0])["sample"].folder.path(MANIFEST)
     result = full("--preset", "smoke", "--root", str(done[0]), "--config", manifest, "--no-track")
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(r": reused", result.stdout)) == 5
+    assert len(re.findall(r": reused", result.stdout)) == 6
 
 
 @pytest.mark.parametrize(
@@ -245,7 +252,7 @@ def has_checkpoint(stage: str):
 
 
 KILLS = {
-    "reading": has("shard-*/staging/sidecars/run-*.json"),
+    "reading": has("shard-*/staging/sidecars/g*.json"),
     "shard": has("shard-*/sidecars/train-000000.json"),
     "train_vqvae": has_checkpoint("train_vqvae"),
     "tokenize": has("tokenize-*/sidecars/*.json"),

@@ -1,114 +1,388 @@
+"""Each source by itself: what its index says, and what it reads."""
+
+import io
+import json
+import shutil
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipelines.sources import ImageNetSource, RecordedFramesSource, ViZDoomSource
-from pipelines.sources.base import SourceError
-from tests.pipelines.data import frame, write_frames, write_imagenet
+from pipelines.sources import (
+    SOURCES,
+    AnySource,
+    Cifar10Source,
+    ClassFoldersSource,
+    DMLabSource,
+    HuggingFaceSource,
+    ImageNetSource,
+    RecordedFramesSource,
+    ViZDoomSource,
+    WebDatasetSource,
+)
+from pipelines.sources.base import RunIndex, SourceError, SourceItem, number_by_name, splits_of
+from tests.pipelines.data import (
+    WRITERS,
+    frame,
+    tar_of,
+    write_cifar10,
+    write_class_folders,
+    write_frames,
+    write_huggingface,
+    write_imagenet,
+    write_webdataset,
+)
 from vqvae_core.images import decode
+from vqvae_core.storage import Folder
+
+
+def indexed(source: AnySource, spool: Path) -> list[RunIndex]:
+    return [found for part in source.parts() for found in source.index(part, Folder.of(spool))]
+
+
+def read(source: AnySource, found: RunIndex, spool: Path, positions: list[int] | None = None) -> list[SourceItem]:
+    entries = found.entries if positions is None else [found.entries[position] for position in positions]
+    return list(source.read(found.run, entries, Folder.of(spool)))
+
+
+def levels(found: list[RunIndex]) -> set[str]:
+    return {entry.level for run in found for entry in run.entries if entry.level is not None}
+
+
+def count(found: list[RunIndex], split: str | None = None) -> int:
+    return sum(split in (None, entry.split) for run in found for entry in run.entries)
 
 
 def test_recorded_frames(tmp_path: Path) -> None:
     write_frames(tmp_path)
     source = RecordedFramesSource(path=str(tmp_path))
     source.check()
-    index = source.index()
-    assert index.num_images == 72
-    assert index.validation.sum() == 24
-    assert index.label_map == {"cave": 0, "tower": 1}
-    items = [item for run in index.runs for item in source.read(run)]
-    assert len({item.key for item in items}) == 72
+    found = indexed(source, tmp_path)
+    assert (count(found), count(found, "validation")) == (72, 24)
+    assert source.labels(levels(found)) == {"cave": 0, "tower": 1}
+    items = [item for run in found for item in read(source, run, tmp_path)]
+    assert len({entry.name for run in found for entry in run.entries}) == 72
     assert all(np.array_equal(decode(item.image), frame(100 * item.facts["episode"] + item.facts["step"]))
                for item in items)  # fmt: skip
-    run = index.runs[1]
-    assert [item.key for item in source.read(run, [2, 5])] == [list(source.read(run))[n].key for n in (2, 5)]
+    some = read(source, found[1], tmp_path, [2, 5])
+    assert [item.image for item in some] == [read(source, found[1], tmp_path)[n].image for n in (2, 5)]
 
 
 def test_an_episode_is_in_one_split(tmp_path: Path) -> None:
     write_frames(tmp_path, validation=False)
     source = RecordedFramesSource(path=str(tmp_path), validation_fraction=0.4)
-    index = source.index()
-    items = [item for run in index.runs for item in source.read(run)]
-    splits: dict[int, set[bool]] = {}
-    for item, validation in zip(items, index.validation, strict=True):
-        splits.setdefault(item.facts["episode"], set()).add(bool(validation))
+    splits: dict[int, set[str]] = {}
+    for run in indexed(source, tmp_path):
+        for entry, item in zip(run.entries, read(source, run, tmp_path), strict=True):
+            splits.setdefault(item.facts["episode"], set()).add(entry.split)
     assert all(len(found) == 1 for found in splits.values())
-    assert set().union(*splits.values()) == {True, False}
-
-
-def test_identity_is_content_not_place(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_frames(tmp_path / name)
-    one, other = (RecordedFramesSource(path=str(tmp_path / name)).identity() for name in ("a", "b"))
-    assert one == other
-    assert str(tmp_path) not in str(one)
+    assert set().union(*splits.values()) == {"train", "validation"}
 
 
 def test_imagenet(tmp_path: Path) -> None:
     write_imagenet(tmp_path)
     source = ImageNetSource(path=str(tmp_path))
     source.check()
-    index = source.index()
-    assert (index.num_images, int(index.validation.sum())) == (17, 5)
-    assert index.label_map == {"n00000000": 0, "n00000001": 1, "n00000002": 2}
-    items = list(source.read(index.runs[1]))
-    assert [item.key for item in items] == [f"n00000001_{n}" for n in range(4)]
+    found = indexed(source, tmp_path)
+    assert (count(found), count(found, "validation")) == (17, 5)
+    assert source.labels(levels(found)) == {"n00000000": 0, "n00000001": 1, "n00000002": 2}
+    items = read(source, found[1], tmp_path)
+    assert [entry.name for entry in found[1].entries] == [f"n00000001_{n}.JPEG" for n in range(4)]
     assert [decode(item.image).shape for item in items] == [(24 + 8 * n,) * 2 + (3,) for n in range(4)]
-    validation = list(source.read(index.runs[-1], [0, 3]))
-    assert [(item.key[-1], item.level) for item in validation] == [("1", "n00000001"), ("4", "n00000002")]
+    assert items[1].facts == {"source": "ILSVRC2012_img_train.tar/n00000001.tar/n00000001_1.JPEG"}
+    assert [found[-1].entries[n].level for n in (0, 3)] == ["n00000001", "n00000002"]
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, num_images=40)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "cat" / ".hidden.png").write_text("no image")
+    source = ClassFoldersSource(path=str(tmp_path), validation_fraction=0.25)
+    found = indexed(source, tmp_path)
+    assert count(found) == 80
+    assert 8 <= count(found, "validation") <= 35
+    assert source.labels(levels(found)) == {"cat": 0, "dog": 1}
+    items = read(source, found[1], tmp_path, [0, 2])
+    assert [item.facts["source"] for item in items] == [f"dog/{found[1].entries[n].name}" for n in (0, 2)]
+    assert found[1].run.prefix == "dog"
+
+
+def test_class_folders_with_splits(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, splits=("train", "val"))
+    source = ClassFoldersSource(path=str(tmp_path))
+    found = indexed(source, tmp_path)
+    assert (count(found, "train"), count(found, "validation")) == (12, 12)
+    assert levels(found) == {"cat", "dog"}
+    assert {run.run.name for run in found} == {"train/cat", "train/dog", "val/cat", "val/dog"}
+
+
+def test_a_test_split_beside_a_validation_split_is_left_out() -> None:
+    assert splits_of(["a/train-0", "a/test-0"]) == {"a/train-0": "train", "a/test-0": "validation"}
+    assert splits_of(["train-0", "val-0", "test-0"]) == {"train-0": "train", "val-0": "validation"}
+    assert splits_of(["0.tar", "1.tar"]) is None
+    assert splits_of(["train-0", "train-1"]) is None
+
+
+def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "far")
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "cat").symlink_to(tmp_path / "far" / "cat")
+    (tmp_path / "near" / "loop").symlink_to(tmp_path / "near")
+    assert count(indexed(ClassFoldersSource(path=str(tmp_path / "near")), tmp_path)) == 6
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_huggingface(tmp_path: Path, names: bool) -> None:
+    write_huggingface(tmp_path, names=names)
+    source = HuggingFaceSource(path=str(tmp_path))
+    source.check()
+    found = indexed(source, tmp_path)
+    assert (count(found, "train"), count(found, "validation")) == (28, 14)
+    expected = ["ant", "bee", "cow"] if names else ["0", "1", "2"]
+    assert source.labels(levels(found)) == {name: label for label, name in enumerate(expected)}
+    items = read(source, found[1], tmp_path, [0, 4])
+    assert [decode(item.image).tobytes() for item in items] == [frame(5, 24).tobytes(), frame(9, 24).tobytes()]
+    assert [found[1].entries[n].level for n in (0, 4)] == [expected[5 % 3], expected[9 % 3]]
+
+
+def test_cifar10(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "archive")
+    source = Cifar10Source(path=str(tmp_path / "archive"))
+    source.check()
+    found = indexed(source, tmp_path / "spool")
+    assert (count(found, "train"), count(found, "validation")) == (45, 9)
+    assert list(source.labels(set()) or {})[:3] == ["airplane", "automobile", "bird"]
+    items = read(source, found[2], tmp_path / "spool", [1, 8])
+    assert [np.array_equal(item.image, frame(80 + n, 32)) for item, n in zip(items, (1, 8), strict=True)] == [True] * 2
+    assert found[2].entries[1].level == "cat"
+
+
+def test_webdataset(tmp_path: Path) -> None:
+    write_webdataset(tmp_path)
+    source = WebDatasetSource(path=str(tmp_path), validation_fraction=0.2)
+    found = indexed(source, tmp_path)
+    assert count(found) == 24
+    assert 0 < count(found, "validation") < 12
+    assert source.labels(levels(found)) == {"0": 0, "1": 1, "2": 2, "3": 3}
+    item = read(source, found[1], tmp_path, [3])[0]
+    assert decode(item.image).shape == (28, 28, 3)
+    assert item.facts == {"source": "shard-0001.tar/000103"}
+
+
+def test_webdataset_labels_in_json_and_samples_without_image(tmp_path: Path) -> None:
+    picture = (Path(__file__).parents[2] / "docs" / "demo.png").read_bytes()
+    files = [
+        ("a.json", json.dumps({"label": "boat", "caption": "x"}).encode()),
+        ("a.png", picture),
+        ("b.txt", b"no image"),
+        ("c.PNG", picture),
+        ("c.json", b"{broken"),
+        ("dir/d.png", picture),
+        ("dir/d.json", json.dumps({"label": 7}).encode()),
+        ("dir/d.png", picture),
+    ]
+    (tmp_path / "x.tar").write_bytes(tar_of(files))
+    source = WebDatasetSource(path=str(tmp_path))
+    (found,) = indexed(source, tmp_path)
+    assert [(entry.name, entry.level) for entry in found.entries] == [
+        ("a", "boat"), ("b", None), ("c", None), ("dir/d", "7"), ("dir/d", None),
+    ]  # fmt: skip
+    items = read(source, found, tmp_path)
+    assert [bool(item.image) for item in items] == [True, False, True, True, True]
+    assert items[1].fault.startswith("no image: ")
+
+
+def test_our_own_shards_are_a_source(tmp_path: Path) -> None:
+    facts = json.dumps({"label": 3, "level": "cave"}).encode()
+    (tmp_path / "train-000000.tar").write_bytes(tar_of([("k.png", b"x"), ("k.json", facts)]))
+    (tmp_path / "validation-000000.tar").write_bytes(tar_of([("l.png", b"x"), ("l.json", facts)]))
+    found = indexed(WebDatasetSource(path=str(tmp_path)), tmp_path)
+    assert [run.entries[0].split for run in found] == ["train", "validation"]
+    assert levels(found) == {"cave"}
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on the module path with a stand-in for the engine's module."""
+    place = tmp_path / "engine"
+    place.mkdir()
+    shutil.copy(Path(__file__).with_name("deepmind_lab_stub.py"), place / "deepmind_lab.py")
+    monkeypatch.syspath_prepend(str(place))
+    yield place
+    sys.modules.pop("deepmind_lab", None)
+
+
+def test_dmlab(engine: Path, tmp_path: Path) -> None:
+    source = DMLabSource(
+        levels=("a", "contributed/dmlab30/b"),
+        train_episodes_per_level=2,
+        validation_episodes_per_level=1,
+        frames_per_episode=20,
+    )
+    source.check()
+    assert source.identity() == {"kind": "dmlab", "engine": "stub"}
+    found = indexed(source, tmp_path)
+    assert (count(found, "train"), count(found, "validation")) == (80, 40)
+    assert source.labels(levels(found)) == {"a": 0, "contributed/dmlab30/b": 1}
+    frames = [item.image for item in read(source, found[0], tmp_path)]  # it outlasts an episode of the stand-in
+    assert {(picture.shape, picture.dtype) for picture in frames} == {((84, 84, 3), np.dtype(np.uint8))}
+    assert len({picture.tobytes() for picture in frames}) > 15
+    some = read(source, found[0], tmp_path, [3, 19])
+    assert all(np.array_equal(item.image, frames[n]) for item, n in zip(some, (3, 19), strict=True))
+    other = DMLabSource(levels=("no_such_level",))
+    with pytest.raises(SourceError, match="expected DeepMind Lab to open the level 'no_such_level', but: level not"):
+        read(other, indexed(other, tmp_path)[0], tmp_path)
+
+
+def test_dmlab_without_the_engine() -> None:
+    with pytest.raises(SourceError, match="needs the module deepmind_lab, which is not installed .* build its Python"):
+        DMLabSource().check()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_identity_is_content_not_place(tmp_path: Path, kind: str) -> None:
+    for name in ("a", "b"):
+        WRITERS[kind](tmp_path / name)
+    one, other = (SOURCES[kind](path=str(tmp_path / name)).identity() for name in ("a", "b"))
+    assert one == other
+    assert str(tmp_path) not in str(one)
+    parts = SOURCES[kind](path=str(tmp_path / "a")).parts()
+    assert str(tmp_path) not in str(parts)
 
 
 @pytest.mark.shared_data
-def test_the_real_archives(shared_data: Path) -> None:
-    index = ImageNetSource(path=str(shared_data / "imagenet")).index()
-    assert (index.num_images, int(index.validation.sum()), len(index.label_map)) == (600, 100, 600)
+def test_the_real_archives(shared_data: Path, tmp_path: Path) -> None:
+    found = indexed(ImageNetSource(path=str(shared_data / "imagenet")), tmp_path)
+    assert (count(found), count(found, "validation"), len(levels(found))) == (600, 100, 600)
 
 
 @pytest.mark.shared_data
-def test_the_real_frames(shared_data: Path) -> None:
-    index = RecordedFramesSource(path=str(shared_data / "dmlab")).index()
-    assert (index.num_images, int(index.validation.sum()), len(index.label_map)) == (16410 + 3283, 3283, 32)
+def test_the_real_frames(shared_data: Path, tmp_path: Path) -> None:
+    found = indexed(RecordedFramesSource(path=str(shared_data / "dmlab")), tmp_path)
+    assert (count(found), count(found, "validation"), len(levels(found))) == (16410 + 3283, 3283, 32)
 
 
-@pytest.mark.parametrize("kind", [RecordedFramesSource, ImageNetSource])
-def test_a_source_that_is_not_there(tmp_path: Path, kind: type) -> None:
+@pytest.mark.shared_data
+def test_the_real_cifar10(shared_data: Path, tmp_path: Path) -> None:
+    source = HuggingFaceSource(path=str(shared_data / "cifar10"))
+    found = indexed(source, tmp_path)
+    assert (count(found, "train"), count(found, "validation")) == (50_000, 10_000)
+    assert source.labels(levels(found)) == {str(n): n for n in range(10)}
+
+
+def test_numbers_keep_their_value_and_names_are_in_order() -> None:
+    assert number_by_name({"10", "2"}) == {str(n): n for n in range(11)}
+    assert number_by_name({"b", "a"}) == {"a": 0, "b": 1}
+    assert number_by_name({"007", "1"}) == {"007": 0, "1": 1}
+    assert number_by_name({"123456789", "5"}) == {"123456789": 0, "5": 1}
+    assert number_by_name(set()) is None
+
+
+@pytest.mark.parametrize("kind", [name for name in SOURCES if name not in ("vizdoom", "dmlab")])
+def test_a_source_that_is_not_there(tmp_path: Path, kind: str) -> None:
     with pytest.raises(SourceError, match="none was given; name it with --source PATH"):
-        kind().check()
+        SOURCES[kind]().check()
     with pytest.raises(SourceError, match="found no such folder"):
-        kind(path=str(tmp_path / "nothing")).check()
+        SOURCES[kind](path=str(tmp_path / "nothing")).check()
     with pytest.raises(SourceError, match="found no .* there"):
-        kind(path=str(tmp_path)).check()
+        SOURCES[kind](path=str(tmp_path)).check()
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"text")
-    with pytest.raises(SourceError, match="expected a Parquet file at .*x.parquet, it cannot be read"):
-        RecordedFramesSource(path=str(tmp_path)).check()
+    for kind in (RecordedFramesSource, HuggingFaceSource):
+        with pytest.raises(SourceError, match="expected a Parquet file at .*x.parquet, it cannot be read"):
+            kind(path=str(tmp_path)).check()
     write_imagenet(tmp_path)
     (tmp_path / "val_synsets.txt").write_text("n1\n")
     with pytest.raises(SourceError, match="found 5 pictures in ILSVRC2012_img_val.tar and 1 lines"):
-        ImageNetSource(path=str(tmp_path)).index()
+        indexed(ImageNetSource(path=str(tmp_path)), tmp_path)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of([("a.JPEG", b"x")]))
+    with pytest.raises(SourceError, match="expected one tar a synset in ILSVRC2012_img_train.tar, found a.JPEG"):
+        indexed(ImageNetSource(path=str(tmp_path)), tmp_path)
 
 
-@pytest.mark.parametrize("cut", [0.3, 0.7])
+@pytest.mark.parametrize("table", [{"picture": [1]}, {"image": ["text"]}], ids=["none", "text"])
+def test_parquet_without_the_column(tmp_path: Path, table: dict) -> None:
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="expected (the column `image` or `img`|`image` as a struct of bytes)"):
+        HuggingFaceSource(path=str(tmp_path)).check()
+
+
+def test_labels_of_a_type_that_is_none(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [{"bytes": b"", "path": ""}], "label": [0.5]}), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="expected whole numbers or strings in `label` .* --data.label-column"):
+        indexed(HuggingFaceSource(path=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0.02, 0.3, 0.5, 0.7])
 def test_a_cut_archive(tmp_path: Path, cut: float) -> None:
     write_imagenet(tmp_path)
     path = tmp_path / "ILSVRC2012_img_train.tar"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * cut)])
     with pytest.raises(SourceError, match="expected a complete tar at ILSVRC2012_img_train.tar"):
-        ImageNetSource(path=str(tmp_path)).index()
+        indexed(ImageNetSource(path=str(tmp_path)), tmp_path)
+
+
+def test_an_archive_cut_between_two_files(tmp_path: Path) -> None:
+    write_webdataset(tmp_path, num_tars=1)
+    path = tmp_path / "shard-0000.tar"
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[3].offset
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(SourceError, match="expected a complete tar at shard-0000.tar, it has no end mark after"):
+        indexed(WebDatasetSource(path=str(tmp_path)), tmp_path)
+
+
+def test_an_inner_archive_that_is_cut(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    inner = tar_of([("n1_1.JPEG", b"x" * 3000), ("n1_2.JPEG", b"y" * 3000)])
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of([("n1.tar", inner[:5000])]))
+    with pytest.raises(SourceError, match="expected a complete tar at ILSVRC2012_img_train.tar:n1.tar"):
+        indexed(ImageNetSource(path=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("harm", [lambda data: data[:-100], lambda data: b"text", lambda data: data[:200] + data[300:]])
+def test_a_damaged_gzip(tmp_path: Path, harm) -> None:
+    write_cifar10(tmp_path)
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(harm(path.read_bytes()))
+    with pytest.raises(SourceError, match="expected a complete gzipped tar at .*, found: .*; fetch"):
+        indexed(Cifar10Source(path=str(tmp_path)), tmp_path / "spool")
+
+
+@pytest.mark.parametrize("layout", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_long_names_and_names_that_are_no_text(tmp_path: Path, layout: int) -> None:
+    names = ["x" * 300 + ".jpg", b"\xff\xfe.jpg".decode("utf-8", "surrogateescape"), "a/../../b.jpg", "/etc/c.jpg"]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=layout, encoding="utf-8", errors="surrogateescape") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+    (tmp_path / "x.tar").write_bytes(buffer.getvalue())
+    source = WebDatasetSource(path=str(tmp_path))
+    (found,) = indexed(source, tmp_path)
+    items = read(source, found, tmp_path)
+    assert [item.image for item in items] == [b"abc"] * 4
+    assert items[1].facts["source"] == "x.tar/\\xff\\xfe"
+    json.dumps([item.facts for item in items]).encode()
 
 
 @pytest.mark.slow
-def test_an_episode_is_a_function_of_its_seed() -> None:
+def test_an_episode_is_a_function_of_its_seed(tmp_path: Path) -> None:
     source = ViZDoomSource(maps=("E1M3",), train_episodes_per_map=2, frames_per_episode=12)
-    one, other, validation = source.index().runs
-    frames = [item.image for item in source.read(one)]
-    assert all(np.array_equal(a, b.image) for a, b in zip(frames, source.read(one), strict=True))
-    assert not all(np.array_equal(a, b.image) for a, b in zip(frames, source.read(other), strict=True))
+    one, other, validation = indexed(source, tmp_path)
+    frames = [item.image for item in read(source, one, tmp_path)]
+    assert all(np.array_equal(a, b.image) for a, b in zip(frames, read(source, one, tmp_path), strict=True))
+    assert not all(np.array_equal(a, b.image) for a, b in zip(frames, read(source, other, tmp_path), strict=True))
     assert {picture.shape for picture in frames} == {(240, 320, 3)}
     assert np.mean([picture.std() for picture in frames]) > 15, "it stares at walls"
     assert len({picture.tobytes() for picture in frames}) == 12, "it stands still"
-    assert validation.name == "E1M3/000002"
+    assert validation.run.name == "E1M3/000002"
+    assert {entry.split for entry in validation.entries} == {"validation"}
