@@ -185,8 +185,9 @@ class Folder:
 
     def _put(self, name: str, data: bytes) -> None:
         system, path = self._s3(name)
-        # A buffer as large as the data: one request, which is there as a whole or not at all.
-        with system.open_output_stream(path, buffer_size=len(data)) as file:
+        # No compression by the name's ending, which is the default. A buffer as large as the data: one request, and the
+        # file is there as a whole or not at all.
+        with system.open_output_stream(path, compression=None, buffer_size=len(data)) as file:
             file.write(data)
 
     def list(self, name: str) -> list[str]:

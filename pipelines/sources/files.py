@@ -98,7 +98,7 @@ class SourceFile(io.RawIOBase):
 
     def _open(self) -> pa.NativeFile:
         if self._folder.is_local:
-            return pa.OSFile(os.path.join(self._folder.uri, self._name))  # noqa: PTH118  a name that is no UTF-8 too
+            return pa.OSFile(os.fsencode(f"{self._folder.uri}/{self._name}"))  # names that are no UTF-8 too
         return retry(lambda: self._folder.open_unchecked(self._name))
 
     def size(self) -> int:

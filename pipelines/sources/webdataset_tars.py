@@ -72,7 +72,7 @@ class WebDatasetSource:
         with open_source(self._folder, part.name) as file:
             for position, (key, sample) in enumerate(_samples(members(file, part.name, wanted=_is_label))):
                 name = f"{part.name}/{readable(key)}"
-                image = next((sample[kind] for kind in _IMAGES if kind in sample), None)
+                image = _image(sample)
                 entries.append(
                     Entry(
                         position=position,
@@ -123,6 +123,13 @@ def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
         sample[extension] = member
     if sample:
         yield key, sample
+
+
+def _image(sample: dict[str, Member]) -> Member | None:
+    """The member `key.jpg` and the like; else the first one like `key.left.jpg`."""
+    exact = (sample[extension] for extension in _IMAGES if extension in sample)
+    longer = (member for extension, member in sample.items() if extension.rpartition(".")[2] in _IMAGES)
+    return next(exact, None) or next(longer, None)
 
 
 def _level(sample: dict[str, Member]) -> str | None:

@@ -71,3 +71,49 @@ def test_s3(s3_bucket: str) -> None:
         folder.read("a/c")
     folder.delete("a/b")
     assert not folder.exists("a/b")
+
+
+def test_no_ending_makes_a_store_compress(s3_bucket: str) -> None:
+    folder = Folder.of(f"{s3_bucket}/endings")
+    for name in ("x.gz", "x.bz2", "x.zst", "x.tar"):
+        folder.write(name, b"as it is" * 100)
+        assert folder.read(name) == b"as it is" * 100
+        assert folder.size(name) == 800
+        assert folder.read(name, 8, 16) == b"as it isas it is"
+
+
+def test_a_request_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    failures = [OSError("reset"), OSError("503"), None]
+
+    def action() -> str:
+        failure = failures.pop(0)
+        if failure:
+            raise failure
+        return "done"
+
+    assert storage.retry(action) == "done"
+    with pytest.raises(OSError, match="always"):
+        storage.retry(lambda: (_ for _ in ()).throw(OSError("always")), attempts=3)
+    tries = []
+    with pytest.raises(FileNotFoundError):
+        storage.retry(lambda: tries.append(1) or (_ for _ in ()).throw(FileNotFoundError()))
+    assert len(tries) == 1, "that it is not there is an answer"
+
+
+def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
+    folder = Folder.of(tmp_path)
+    folder.write("a/b", b"x")
+    (tmp_path / "a" / ".b.12345678.tmp").write_bytes(b"half")
+    folder.sweep()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    Folder.of(tmp_path / "nothing").sweep()
+
+
+def test_listing(tmp_path: Path, s3_bucket: str) -> None:
+    for folder in (Folder.of(tmp_path), Folder.of(f"{s3_bucket}/listing")):
+        assert folder.list("sidecars") == []
+        for name in ("sidecars/b", "sidecars/a", "sidecars/deeper/c"):
+            folder.write(name, b"x")
+        assert folder.list("sidecars") == ["a", "b"]
+        assert folder.sizes(["sidecars/a", "sidecars/z"]) == [1, None]

@@ -1,0 +1,297 @@
+"""Every source through the shard stage: killed and faulty runs come to the same bytes, and nothing is lost."""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.session import Session
+from pipelines import index
+from pipelines import shard as shard_stage
+from pipelines.config import Resources, ShardConfig
+from pipelines.index import SourceIndex, safe_key
+from pipelines.shard import shard
+from pipelines.sources import SOURCES, AnySource
+from pipelines.sources.files import SourceFile
+from pipelines.stage import Pipeline
+from pipelines.tracking import Tracker
+from tests.faults import FaultyProxy
+from tests.pipelines.data import (
+    WRITERS,
+    write_cifar10,
+    write_class_folders,
+    write_frames,
+    write_huggingface,
+    write_imagenet,
+    write_webdataset,
+)
+from tests.pipelines.test_cli import ROOT
+from vqvae_core.artifacts import Artifact
+from vqvae_core.image_shards import ImageShards
+from vqvae_core.images import encode
+from vqvae_core.storage import Folder
+
+pytestmark = pytest.mark.slow
+CONFIG = ShardConfig(image_size=32, images_per_shard=4, max_rejected_fraction=0.5)
+LIVE = {
+    "vizdoom": {"maps": ("E1M3",), "train_episodes_per_map": 5, "validation_episodes_per_map": 1,
+                "frames_per_episode": 30, "actions_per_frame": 1},
+    "dmlab": {"levels": ("a", "b"), "train_episodes_per_level": 8, "validation_episodes_per_level": 1,
+              "frames_per_episode": 40},
+}  # fmt: skip
+LARGE: dict[str, Callable[[Path], None]] = {
+    "recorded_frames": lambda folder: write_frames(folder, size=300),
+    "imagenet": lambda folder: write_imagenet(folder, num_synsets=6, num_images=20),
+    "class_folders": lambda folder: write_class_folders(folder, num_images=60),
+    "huggingface": lambda folder: write_huggingface(folder, num_rows=60),
+    "cifar10": lambda folder: write_cifar10(folder, num_records=40),
+    "webdataset": lambda folder: write_webdataset(folder, num_tars=8, num_samples=20),
+}
+
+
+def source_of(kind: str, place: Path) -> AnySource:
+    if kind in LIVE:
+        return SOURCES[kind](**LIVE[kind])
+    if not place.exists():
+        LARGE[kind](place)
+    return SOURCES[kind](path=str(place))
+
+
+def make(session: Session, root: Folder | Path, source: AnySource, config: ShardConfig = CONFIG) -> ImageShards:
+    folder = Folder.of(root) if isinstance(root, Path) else root
+    return shard(Pipeline(folder, Resources(), session, Tracker(folder, "t", {}, "", enabled=False)), source, config)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A stand-in for the DeepMind Lab module, for this process, for Ray's workers and for drivers that are started."""
+    place = tmp_path_factory.mktemp("engine")
+    shutil.copy(Path(__file__).with_name("deepmind_lab_stub.py"), place / "deepmind_lab.py")
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(place))
+    patch.setenv("PYTHONPATH", str(place))
+    yield
+    patch.undo()
+    sys.modules.pop("deepmind_lab", None)
+
+
+@pytest.fixture(scope="module")
+def session(engine: None) -> Iterator[Session]:
+    session = Session()
+    yield session
+    session.close()
+
+
+@pytest.fixture(scope="module")
+def whole(session: Session, tmp_path_factory: pytest.TempPathFactory):
+    """kind -> the shards of a run that nothing disturbed."""
+    made: dict[str, ImageShards] = {}
+    place = tmp_path_factory.mktemp("whole")
+
+    def get(kind: str) -> ImageShards:
+        if kind not in made:
+            made[kind] = make(session, place / f"{kind}-root", source_of(kind, place / kind))
+        return made[kind]
+
+    get.place = place  # type: ignore[attr-defined]
+    return get
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+    return [found for child in children for found in (child, *descendants(child))]
+
+
+def sidecars(root: Folder) -> list[str]:
+    """The sidecars of the shard stage in a root, by its folder's name; written while it runs."""
+    if root.is_local:
+        return sorted(str(path) for path in Path(root.uri).glob("shard-*/sidecars/train-*.json"))
+    bucket, _, prefix = root.uri.removeprefix("s3://").partition("/")
+    found = boto3.client("s3").list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/shard-").get("Contents", [])
+    return sorted(item["Key"] for item in found if "/sidecars/train-" in item["Key"])
+
+
+def kill_driver(root: Folder, kind: str, place: str, log: Path) -> None:
+    """Start the shard stage as a program, and SIGKILL it when some shards are done."""
+    command = [sys.executable, str(ROOT / "pipelines" / "shard.py"), "--preset", "smoke", "--root", root.uri,
+               "--no-track", "--source-kind", kind, "--shard.images-per-shard", "4", "--shard.max-rejected-fraction",
+               "0.5"]  # fmt: skip
+    for name, value in LIVE.get(kind, {}).items():
+        values = value if isinstance(value, tuple) else (value,)
+        command += [f"--data.{name.replace('_', '-')}", *map(str, values)]
+    if kind not in LIVE:
+        command += ["--source", place]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        begin = time.monotonic()
+        while len(sidecars(root)) < 2:
+            assert process.poll() is None, f"it ended before it could be killed: {log.read_text()}"
+            assert time.monotonic() - begin < 200
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+class WorkerKiller:
+    """Kills two of this process's Ray workers while they work; use as a context manager."""
+
+    def __enter__(self) -> "WorkerKiller":
+        self.killed: list[int] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._kill)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _kill(self) -> None:
+        while len(self.killed) < 2 and not self._stop.wait(0.01):
+            for pid in descendants(os.getpid()):
+                with contextlib.suppress(OSError):
+                    name = Path(f"/proc/{pid}/cmdline").read_text()
+                    if name.startswith("ray::") and "_Run" in name and pid not in self.killed:
+                        os.kill(pid, signal.SIGKILL)
+                        self.killed.append(pid)
+                        break
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_killed_driver_comes_to_the_same_bytes(session: Session, whole, tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "root"
+    kill_driver(Folder.of(root), kind, str(whole.place / kind), tmp_path / "log")
+    assert not list(root.glob("shard-*/manifest.json")), "it was done before it was killed"
+    finished = {path: path.stat().st_mtime_ns for path in root.glob("shard-*/sidecars/*.json")}
+    made = make(session, root, source_of(kind, whole.place / kind))
+    assert made.artifact.files == whole(kind).artifact.files
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished shard was made again"
+    assert not list(root.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_killed_worker_comes_to_the_same_bytes(session: Session, whole, tmp_path: Path, kind: str) -> None:
+    expected = whole(kind).artifact
+    with WorkerKiller() as killer:
+        made = make(session, tmp_path, source_of(kind, whole.place / kind))
+    assert killer.killed, "no worker was killed"
+    assert made.artifact.files == expected.files
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_what_goes_in_comes_out_or_is_listed(whole, kind: str) -> None:
+    """By key: the index's keys are those of samples and rejects together, each once."""
+    images = whole(kind)
+    found = SourceIndex(index_beside(images))
+    expected = []
+    runs = found.runs(range(len(found.counts())))
+    for row in found.entries(np.arange(len(found.counts()))).table.to_pylist():
+        expected.append(safe_key(runs[row["run"]].prefix, os.fsdecode(row["name"])))
+    keys = [s.key for split in ("train", "validation") for path in images.shards(split) for s in images.read(path)]
+    rejects = pq.read_table(images.artifact.folder.path("rejects.parquet"))["key"].to_pylist()
+    assert sorted(keys + rejects) == sorted(expected)
+    assert len(set(expected)) == len(expected) == images.artifact.facts["source_images"]
+
+
+def index_beside(images: ImageShards) -> Artifact:
+    """The index beside some shards."""
+    root = Path(images.artifact.folder.uri).parent
+    return Artifact.open(Folder.of(next(root.glob("index-*"))))
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (120, 128, 128, 3), dtype=np.uint8)  # as large as its pixels
+
+
+def write_noise(kind: str, folder: Path) -> None:
+    if kind in ("recorded_frames", "huggingface"):
+        folder.mkdir()
+        rows = [{"image": {"bytes": encode(picture, "png"), "path": ""}, "level": "a", "episode": number, "step": 0,
+                 "label": 0} for number, picture in enumerate(NOISE)]  # fmt: skip
+        pq.write_table(pa.Table.from_pylist(rows), folder / "0.parquet", row_group_size=60)
+    else:
+        LARGE[kind](folder)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_source_is_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Index and images together read at most 1.1 times the source, and headers."""
+    num_bytes = 0
+    read_at = SourceFile.read_at
+
+    def counted(self: SourceFile, offset: int, size: int) -> bytes:
+        nonlocal num_bytes
+        data = read_at(self, offset, size)
+        num_bytes += len(data) if self._folder.uri.startswith(str(tmp_path / "source")) else 0
+        return data
+
+    def here(session, task, jobs):
+        return (task(job) | {"begin": 0.0, "end": 0.0} for job in jobs)
+
+    write_noise(kind, tmp_path / "source")
+    monkeypatch.setattr(SourceFile, "read_at", counted)
+    monkeypatch.setattr(index, "fan_out", here)
+    monkeypatch.setattr(shard_stage, "fan_out", here)
+    monkeypatch.setattr(Session, "check", lambda self, **_: 1)
+    config = dataclasses.replace(CONFIG, images_per_shard=50)
+    make(Session(), tmp_path / "root", SOURCES[kind](path=str(tmp_path / "source")), config)
+    size = sum(path.stat().st_size for path in (tmp_path / "source").rglob("*") if path.is_file())
+    headers = 2048 * 450 if kind in ("imagenet", "webdataset") else 0  # the images are small as headers here
+    assert 0 < num_bytes <= 1.1 * size + headers
+
+
+@pytest.fixture(scope="module")
+def faulty(s3_bucket: str, session: Session, whole) -> Iterator[tuple[str, FaultyProxy, Session]]:
+    """A bucket behind a server that fails now and then, and a new session whose workers see it."""
+    host, _, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").partition(":")
+    for kind in WRITERS:
+        whole(kind)
+    session.close()
+    proxy, patch, again = FaultyProxy(host, int(port), period=20), pytest.MonkeyPatch(), Session()
+    patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield s3_bucket, proxy, again
+    again.close()
+    patch.undo()
+    proxy.stop()
+
+
+def upload(place: Path, to: Folder) -> None:
+    for path in sorted(place.rglob("*")):
+        if path.is_file():
+            to.write(path.relative_to(place).as_posix(), path.read_bytes())
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_from_and_to_a_store_that_fails(whole, faulty, tmp_path: Path, kind: str) -> None:
+    """Once with a driver killed, once with workers killed: the same hashes and fingerprint as on disk."""
+    bucket, proxy, session = faulty
+    place = Folder.of(f"{bucket}/{kind}")
+    upload(whole.place / kind, place / "source")
+    before = dict(proxy.counts)
+    source = SOURCES[kind](path=(place / "source").uri)
+    kill_driver(place / "one", kind, (place / "source").uri, tmp_path / "log")
+    one = make(session, place / "one", source)
+    with WorkerKiller() as killer:
+        other = make(session, place / "other", source)
+    assert killer.killed, "no worker was killed"
+    for made in (one, other):
+        assert made.artifact.files == whole(kind).artifact.files
+        assert made.artifact.manifest.fingerprint == whole(kind).artifact.manifest.fingerprint
+    assert all(proxy.counts[fault] > before[fault] for fault in before), "not every fault came up"
+    for path in one.shards("train"):
+        one.read(path)
