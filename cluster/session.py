@@ -65,6 +65,10 @@ class Session:
             )
         return each
 
+    def num_cpus(self) -> int:
+        """CPUs of the whole cluster."""
+        return int(self.connect().cluster_resources().get("CPU", 1))
+
     def cpus_of_largest_node(self) -> int:
         """No task or actor can have more."""
         nodes = self.connect().nodes()

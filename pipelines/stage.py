@@ -21,6 +21,8 @@ from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit, hash_jso
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder, StorageError, concurrently
 
+_ENCODERS_PER_NODE = 8
+_ENCODER_DEATHS = 3
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
 
 
@@ -206,7 +208,7 @@ def _waves(session: Session, jobs: Iterable[dict[str, Any]]) -> Iterator[list[di
     first = list(itertools.islice(waiting, 1))
     if not first:
         return
-    size = max(512, 32 * int(session.connect().cluster_resources().get("CPU", 1)))
+    size = max(512, 32 * session.num_cpus())
     while wave := [*first, *itertools.islice(waiting, size - len(first))]:
         first = []
         yield wave
@@ -322,19 +324,47 @@ def encode_shards(
 ) -> Iterator[dict[str, Any]]:
     """read(job) in CPU tasks, then encoder()(row) in actors, one row a shard; yields what they return.
 
-    job["threads"] tells an encoder how many threads it has. Rows and results have "error", "" where all is well.
-
-    A reader keeps at least one CPU, so that readers and encoders cannot wait for each other.
+    job["name"] names the shard, in results too; job["threads"] tells an encoder how many threads it has. Rows and
+    results have "error", "" where all is well. Where an encoder dies, what is left is handed out again.
     """
+    from ray.exceptions import RayError
+
+    left = {job["name"]: job for job in jobs}
+    for attempt in range(_ENCODER_DEATHS + 1):
+        try:
+            for row in _encode_shards(session, read, encoder, list(left.values()), resources):
+                if row["error"]:
+                    raise InputError(row["error"])
+                del left[row["name"]]
+                yield row
+            return
+        except RayError as error:
+            if attempt == _ENCODER_DEATHS or not _is_death(error):
+                raise root_cause(error) from error
+            print(f"an encoder died; going on with the {len(left)} shards that are left", flush=True)
+
+
+def _is_death(error: BaseException) -> bool:
+    """A process or node ended, which says nothing about the work."""
+    from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
+
+    causes = (error, getattr(error, "cause", None), error.__cause__, root_cause(error))
+    return any(isinstance(cause, RayActorError | WorkerCrashedError | NodeDiedError) for cause in causes)
+
+
+def _encode_shards(
+    session: Session,
+    read: Callable[[dict[str, Any]], dict[str, Any]],
+    encoder: type,
+    jobs: Sequence[dict[str, Any]],
+    resources: Resources,
+) -> Iterator[dict[str, Any]]:
     if not jobs:
         return
     session.connect()
     import ray.data
-    from ray.exceptions import RayError
 
-    cpus = session.cpus_of_largest_node()
-    actors = min(len(jobs), resources.num_workers if resources.use_gpu else 1, max(1, cpus - 1))
-    threads = max(1, (cpus - 1) // actors)
+    actors, threads = _encoders(session, resources, len(jobs))
     _quiet()
     rows = [{"job": json.dumps({**job, "threads": threads})} for job in jobs]
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -342,20 +372,26 @@ def encode_shards(
     options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0} if session.alone else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # these two have no other way in, yet
-        data = data.map(_Read(read), num_cpus=0.5 if cpus == 1 else 1).map(
+        # Each asks for half of the CPUs that it can use: a reader is short beside an encoder, and always finds its own
+        # half, so that they cannot wait for each other.
+        data = data.map(_Read(read), num_cpus=0.5).map(
             encoder,
-            num_cpus=0.5 if cpus == 1 else threads,
+            num_cpus=0.5 * threads,
             num_gpus=1 if resources.use_gpu else 0,
             compute=ray.data.ActorPoolStrategy(size=actors),
             **options,
         )
-    try:
-        for row in data.iter_rows():
-            if row["error"]:
-                raise InputError(row["error"])
-            yield row
-    except RayError as error:
-        raise root_cause(error) from error
+    yield from data.iter_rows()
+
+
+def _encoders(session: Session, resources: Resources, num_jobs: int) -> tuple[int, int]:
+    """How many encoders there are, and threads of each: one a GPU, else some a node, with few threads each, since many
+    small encoders are faster than one that has all CPUs."""
+    cpus = session.cpus_of_largest_node()
+    if resources.use_gpu:
+        return min(num_jobs, resources.num_workers), max(1, cpus // 2)
+    threads = max(1, cpus // _ENCODERS_PER_NODE)
+    return min(num_jobs, max(1, session.num_cpus() // threads)), threads
 
 
 @dataclass(frozen=True)

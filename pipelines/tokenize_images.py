@@ -42,9 +42,10 @@ def tokenize_images(pipeline: Pipeline, images: ImageShards, model: Artifact) ->
 
 def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Workspace) -> Made:
     names = [path.removesuffix(".tar") for split in ("train", "validation") for path in images.shards(split)]
-    missing = [name for name in names if space.finished(name) is None]
+    finished = space.finished_among(names)
+    missing = [name for name in names if name not in finished]
     total = sum(images.artifact.files[f"{name}.tar"].rows for name in names)
-    done = sum(images.artifact.files[f"{name}.tar"].rows for name in names if name not in missing)
+    done = sum(images.artifact.files[f"{name}.tar"].rows for name in finished)
     clock = WorkClock()
     spec = {
         "images": images.artifact.folder.uri,
@@ -59,10 +60,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
             clock.add(result)
             done += result["rows"]
             progress.advance_to(done)
-    records = [record for name in names if (record := space.finished(name))]
-    if len(records) != len(names):
-        raise RuntimeError(f"{len(names) - len(records)} token shards are missing after the fan-out")
-    files = [FileEntry(**record["file"]) for record in records]
+    files = [FileEntry(**record["file"]) for record in space.records(names)]
     sites = images.size // STRIDE
     facts = {
         "shape": {"H": sites, "W": sites, "G": 1, "K": model.facts["K"]},
@@ -115,12 +113,14 @@ class Encoder:
         return model
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        job = json.loads(row["job"])
+        nothing = {"name": job["name"], "rows": 0, "begin": 0.0, "end": 0.0}
         if row["error"]:
-            return {"rows": 0, "begin": 0.0, "end": 0.0, "error": row["error"]}
+            return nothing | {"error": row["error"]}
         try:
-            return self._write(row, json.loads(row["job"])) | {"end": time.time(), "error": ""}
+            return nothing | self._write(row, job) | {"end": time.time(), "error": ""}
         except InputError as error:
-            return {"rows": 0, "begin": 0.0, "end": 0.0, "error": str(error)}
+            return nothing | {"error": str(error)}
 
     def _write(self, row: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         model = self._load(job)

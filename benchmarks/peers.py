@@ -1,0 +1,98 @@
+"""What the benchmarks measure against: the bare loop that no pipeline can beat, and what one would write by hand."""
+
+import io
+import json
+import os
+import statistics
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One claim: a measured value, and the least (or most) that it must be."""
+
+    name: str
+    value: float
+    bar: float
+    at_most: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.bar if self.at_most else self.value >= self.bar
+
+
+def report(name: str, settings: dict[str, Any], bars: Sequence[Bar], figures: dict[str, Any]) -> int:
+    """Print the result as one JSON line; the exit code: 1 where a bar is not held."""
+    line = {
+        "benchmark": name,
+        "hardware": hardware(),
+        "settings": settings,
+        "bars": [{**asdict(bar), "holds": bar.holds} for bar in bars],
+        "figures": figures,
+    }
+    print(json.dumps(line), flush=True)
+    return 0 if all(bar.holds for bar in bars) else 1
+
+
+def hardware() -> dict[str, Any]:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        "unknown",
+    )
+    pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return {"cpu": model, "cpus": os.cpu_count(), "memory_gib": round(pages * page_bytes / 2**30, 1)}
+
+
+def interleaved(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Images/s of each rival in each round: A B C A B C, so that a slow minute hits all."""
+    rates: dict[str, list[float]] = {name: [] for name in rivals}
+    for number in range(rounds):
+        for name, rival in rivals.items():
+            rates[name].append(rival())
+            print(f"round {number + 1} of {rounds}: {name} {rates[name][-1]:.1f} images/s", flush=True)
+    return rates
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def in_processes(task: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], processes: int) -> tuple[float, list[Any]]:
+    """Seconds that task(*job) took for all jobs on some processes, which are started and warm before the clock is."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_warm, range(processes)))
+        begin = time.perf_counter()
+        results = [future.result() for future in [pool.submit(task, *job) for job in jobs]]
+        return time.perf_counter() - begin, results
+
+
+def _warm(_: int) -> None:
+    Image.init()
+    time.sleep(1.0)  # so that each process gets one
+
+
+def decode_resize_encode(data: bytes, size: int, kind: str, options: dict[str, Any]) -> bytes:
+    """One image, by the library's own calls: what the loop at the limit does, and nothing else."""
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    side = min(picture.size)
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    small = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    buffer = io.BytesIO()
+    small.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def inner_archives(archive: Path) -> list[tuple[str, int, int]]:
+    """(name, offset, bytes) of each inner tar of an archive in ImageNet's layout."""
+    with tarfile.open(archive, "r:") as outer:
+        return [(member.name, member.offset_data, member.size) for member in outer]

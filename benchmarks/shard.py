@@ -1,0 +1,322 @@
+"""Sharding photographs: the pipeline against the bare loop, a ShardWriter script, and img2dataset.
+
+    python -m benchmarks.shard                        # 3 rounds, some minutes each
+    python -m benchmarks.shard --quick                # one short round: does it run?
+    python -m benchmarks.shard --img2dataset PYTHON   # with a Python that has img2dataset 1.47 (it needs its own)
+
+An archive in ImageNet's layout is made of real photographs (--photographs, a folder with ILSVRC2012_img_val.tar), or of
+synthetic ones where there are none. All rivals read it, or its unpacked files, from the same disk, make 128x128 JPEGs
+of quality 95 (4:4:4) on 2 processes, and write WebDataset tars; the bare loop writes nothing. Bars: at least 85 % of the
+bare loop's rate, faster than the two others, and peak memory that does not grow with the number of images.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.peers import (
+    Bar,
+    decode_resize_encode,
+    in_processes,
+    inner_archives,
+    interleaved,
+    median_ratio,
+    report,
+)
+
+SIZE, QUALITY = 128, {"quality": 95, "subsampling": 0}
+PROCESSES = 2
+PER_SHARD = 1024
+
+
+def photographs(folder: Path | None) -> tuple[list[bytes], str]:
+    """Encoded JPEGs, and what they are."""
+    archive = folder / "ILSVRC2012_img_val.tar" if folder else None
+    if archive and archive.is_file():
+        with tarfile.open(archive) as tar:
+            return [tar.extractfile(member).read() for member in tar], "100 ImageNet photographs"  # type: ignore[union-attr]
+    rng, made = np.random.default_rng(0), []
+    for _ in range(100):  # smooth noise with grain: about 100 kB at 500x375, as a photograph has
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
+        pixels = np.asarray(coarse).astype(float) + rng.normal(0, 18, (375, 500, 3))
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
+        made.append(buffer.getvalue())
+    return made, "100 synthetic photographs"
+
+
+def make_archive(place: Path, pictures: list[bytes], num_images: int) -> None:
+    """ImageNet's three files: inner tars of 100 pictures each, and a validation archive of 100."""
+    place.mkdir()
+    per_synset = 100
+    with tarfile.open(place / "ILSVRC2012_img_train.tar", "w", format=tarfile.GNU_FORMAT) as outer:
+        for synset in range(num_images // per_synset):
+            files = [
+                (f"n{synset:08d}_{number}.JPEG", pictures[(7 * synset + number) % len(pictures)])
+                for number in range(per_synset)
+            ]
+            inner = _tar(files)
+            member = tarfile.TarInfo(f"n{synset:08d}.tar")
+            member.size = len(inner)
+            outer.addfile(member, io.BytesIO(inner))
+    validation = [(f"ILSVRC2012_val_{number:08d}.JPEG", data) for number, data in enumerate(pictures[:100])]
+    (place / "ILSVRC2012_img_val.tar").write_bytes(_tar(validation))
+    (place / "val_synsets.txt").write_text("n00000000\n" * len(validation))
+
+
+def _tar(files: list[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def bare(archive: str, places: list[tuple[str, int, int]]) -> int:
+    """Decode, resize and encode, and throw the result away."""
+    count = 0
+    with Path(archive).open("rb") as file:
+        for _, offset, size in places:
+            file.seek(offset)
+            with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
+                for member in tar:
+                    data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    count += len(decode_resize_encode(data, SIZE, "JPEG", QUALITY)) > 0
+    return count
+
+
+def shard_writer(archive: str, places: list[tuple[str, int, int]], out: str) -> int:
+    """What one would write by hand with the webdataset library."""
+    from webdataset.writer import ShardWriter
+
+    count = 0
+    Path(out).mkdir(parents=True)
+    with (
+        Path(archive).open("rb") as file,
+        ShardWriter(f"{out}/%06d.tar", maxcount=PER_SHARD, encoder=False, verbose=0) as writer,
+    ):
+        for name, offset, size in places:
+            file.seek(offset)
+            with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
+                for member in tar:
+                    data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    picture = decode_resize_encode(data, SIZE, "JPEG", QUALITY)
+                    facts = json.dumps({"level": name, "source": member.name}).encode()
+                    writer.write({"__key__": member.name.split(".")[0], "jpg": picture, "json": facts})
+                    count += 1
+    return count
+
+
+class Ours:
+    """The shard stage, as `python pipelines/shard.py` runs it, with its Ray start taken apart."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+        self.start_seconds: list[float] = []
+        self.work_seconds: list[float] = []
+        self.whole_seconds: list[float] = []
+        self.peak_bytes: list[int] = []
+
+    def __call__(self, archive: Path, num_images: int) -> float:
+        from cluster.session import Session
+        from pipelines.config import Resources, ShardConfig
+        from pipelines.index import make_index
+        from pipelines.shard import shard
+        from pipelines.sources import ImageNetSource
+        from pipelines.stage import Pipeline
+        from pipelines.tracking import Tracker
+        from vqvae_core.storage import Folder
+
+        root = Folder.of(self._place)
+        config = ShardConfig(image_size=SIZE, image_format="jpg", images_per_shard=PER_SHARD)
+        source = ImageNetSource(path=str(archive))
+        session, tracker = Session(), Tracker(root, "benchmark", {}, "", enabled=False)
+        with Memory() as memory:
+            begin = time.perf_counter()
+            session.connect()
+            self.start_seconds.append(time.perf_counter() - begin)
+            pipeline = Pipeline(root, Resources(), session, tracker)
+            make_index(pipeline, source)
+            begin = time.perf_counter()
+            images = shard(pipeline, source, config)
+            self.whole_seconds.append(time.perf_counter() - begin)
+            work_seconds = images.artifact.manifest.provenance["work_seconds"]
+            session.close()
+        self.work_seconds.append(work_seconds)
+        self.peak_bytes.append(memory.peak_bytes)
+        made = images.num_images("train") + images.num_images("validation")
+        assert made == num_images + 100, f"{made} images came out"
+        shutil.rmtree(self._place)
+        return made / work_seconds
+
+
+class Memory:
+    """The peak of the memory (proportional set size) of this process and all that it starts. A context manager."""
+
+    def __enter__(self) -> "Memory":
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            self.peak_bytes = max(self.peak_bytes, sum(map(_proportional_bytes, _family("self"))))
+
+
+def _family(pid: str) -> list[str]:
+    found = [pid]
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        for thread in threads:
+            for child in (thread / "children").read_text().split():
+                found += _family(child)
+    except OSError:
+        pass
+    return found
+
+
+def _proportional_bytes(pid: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+
+def img2dataset(python: str, files: Path, out: Path) -> float:
+    """Its local-file path: file:// addresses of unpacked pictures. Returns seconds, with its own start."""
+    script = (
+        "import sys; from img2dataset import download; download(url_list=sys.argv[1], output_folder=sys.argv[2], "
+        f"processes_count={PROCESSES}, thread_count=8, image_size={SIZE}, resize_mode='center_crop', "
+        f"encode_quality=95, output_format='webdataset', number_sample_per_shard={PER_SHARD}, enable_wandb=False)"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [python, "-c", script, str(files), str(out)],
+        capture_output=True,
+        text=True,
+        env={"NO_ALBUMENTATIONS_UPDATE": "1"},
+    )
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        raise SystemExit(f"img2dataset ended with {done.returncode}: {done.stderr[-500:]}")
+    return seconds
+
+
+def unpack(archive: Path, place: Path) -> int:
+    """Pictures as files, and a list of their addresses beside them."""
+    place.mkdir()
+    addresses = []
+    with archive.open("rb") as file:
+        for name, offset, size in inner_archives(archive):
+            file.seek(offset)
+            (place / name).mkdir()
+            with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
+                for member in tar:
+                    path = place / name / member.name
+                    path.write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
+                    addresses.append(f"file://{path}")
+    (place / "addresses.txt").write_text("\n".join(addresses))
+    return len(addresses)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short round; its ratios mean little")
+    parser.add_argument("--images", type=int, default=60_000, help="in the archive; about 110 kB each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--photographs", type=Path, help="folder with ILSVRC2012_img_val.tar")
+    parser.add_argument("--img2dataset", metavar="PYTHON", help="a Python that can import img2dataset")
+    parser.add_argument("--place", type=Path, help="where the data is made (the temporary folder)")
+    options = parser.parse_args()
+    num_images = 2_000 if options.quick else options.images
+    rounds = 1 if options.quick else options.rounds
+    pictures, what = photographs(options.photographs)
+    with tempfile.TemporaryDirectory(dir=options.place) as folder:
+        place = Path(folder)
+        print(f"making an archive of {num_images} images", flush=True)
+        make_archive(place / "data", pictures, num_images)
+        make_archive(place / "small", pictures, num_images // 4)
+        archive = str(place / "data" / "ILSVRC2012_img_train.tar")
+        return _compare(place, archive, num_images, rounds, what, options.img2dataset)
+
+
+def _compare(place: Path, archive: str, num_images: int, rounds: int, what: str, python: str | None) -> int:
+    places = inner_archives(Path(archive))
+    halves = [places[number::PROCESSES] for number in range(PROCESSES)]
+    ours = Ours(place / "root")
+
+    def loop() -> float:
+        seconds, counts = in_processes(bare, [(archive, half) for half in halves], PROCESSES)
+        return sum(counts) / seconds
+
+    def by_hand() -> float:
+        jobs = [(archive, half, str(place / f"hand-{number}")) for number, half in enumerate(halves)]
+        seconds, counts = in_processes(shard_writer, jobs, PROCESSES)
+        for *_, out in jobs:
+            shutil.rmtree(out)
+        return sum(counts) / seconds
+
+    rivals: dict[str, Any] = {
+        "bare_loop": loop,
+        "pipeline": lambda: ours(Path(archive).parent, num_images),
+        "shard_writer": by_hand,
+    }
+    if python:
+        count = unpack(Path(archive), place / "files")
+
+        def other() -> float:
+            seconds = img2dataset(python, place / "files" / "addresses.txt", place / "other")
+            made = len(list((place / "other").glob("*.tar")))
+            assert made == -(-count // PER_SHARD), f"img2dataset made {made} shards"
+            shutil.rmtree(place / "other")
+            return count / seconds
+
+        rivals["img2dataset"] = other
+    rates = interleaved(rivals, rounds)
+    large_peak = max(ours.peak_bytes)
+    work_seconds, starts = sum(ours.work_seconds), [round(value, 2) for value in ours.start_seconds]
+    whole = [round(value, 2) for value in ours.whole_seconds]
+    ours.peak_bytes.clear()
+    ours(place / "small", num_images // 4)
+    bars = [
+        Bar("share_of_bare_loop", median_ratio(rates["pipeline"], rates["bare_loop"]), 0.85),
+        Bar("times_shard_writer", median_ratio(rates["pipeline"], rates["shard_writer"]), 1.0),
+        Bar("work_seconds", work_seconds, 60.0),
+        Bar("peak_memory_times_that_of_a_quarter", large_peak / ours.peak_bytes[0], 1.15, at_most=True),
+    ]
+    if "img2dataset" in rates:
+        bars.append(Bar("times_img2dataset", median_ratio(rates["pipeline"], rates["img2dataset"]), 1.0))
+    figures = {
+        "images_per_second": {name: [round(rate, 1) for rate in found] for name, found in rates.items()},
+        "ray_start_seconds": starts,
+        "stage_seconds_with_everything": whole,
+        "peak_memory_mib": round(large_peak / 2**20),
+        "peak_memory_mib_of_a_quarter": round(ours.peak_bytes[0] / 2**20),
+    }
+    settings = {"images": num_images, "what": what, "processes": PROCESSES, "output": f"{SIZE}x{SIZE} JPEG q95 4:4:4"}
+    return report("shard", settings, bars, figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
