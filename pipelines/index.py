@@ -7,6 +7,7 @@ each run; `renamed.parquet` names the images whose key an earlier image has.
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,8 +33,8 @@ SPOOL = "spool"
 _PARTS_PER_FILE = 32
 _HASHES_AT_ONCE = 1 << 26  # 512 MiB of them
 _MAX_BYTES = (1 << 31) - 1
-KEY_CHARACTERS = 120
-_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+KEY_CHARACTERS = 90
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 
 _ENTRIES = pa.schema(
     [
@@ -192,12 +193,10 @@ def _table(found: RunIndex) -> pa.Table:
 
 def safe_key(prefix: str, name: str) -> str:
     """A WebDataset key: letters, digits, - and _ only, so that it is no path and has no extension."""
-    stem = name
-    for extension in EXTENSIONS:
-        if name.lower().endswith(extension):
-            stem = name[: -len(extension)]
+    stem, dot, extension = name.rpartition(".")
+    stem = stem if dot + extension.lower() in EXTENSIONS else name
     text = stem if stem.startswith(prefix) else f"{prefix}_{stem}"
-    return "".join(character if character in _SAFE else "_" for character in text)[:KEY_CHARACTERS]
+    return _UNSAFE.sub("_", text)[:KEY_CHARACTERS]
 
 
 def _write_runs(space: Workspace, names: Sequence[str]) -> tuple[pa.Table, int]:

@@ -467,15 +467,15 @@ def prepare(
             )
         if min(height, width) < 2:
             raise ImageError(f"too small: is {width} x {height}")
-        pixels = resize_and_crop(picture.image, size)
-        data = encode(pixels, config.image_format)
+        small = resize_and_crop(picture.image, size)
+        data = encode(small, config.image_format)
     except ImageError as error:
         return Reject(run, key, str(error), sha256)
     facts = {**item.facts}
     if level is not None:
         facts["level"] = level
         facts["label"] = label_map[level] if label_map else None
-    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", sha256, pixels)
+    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", sha256, small)
     return Prepared(Sample(key=key, image_format=config.image_format, data=data, facts=facts), origin)
 
 

@@ -18,7 +18,7 @@ from vqvae_core.images import IMAGE_FORMATS, decode
 from vqvae_core.storage import Folder
 
 KIND = "ImageShards"
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,140}")
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,90}")  # 100 with the extension: a plain tar header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Sample:
 def write_tar(samples: Iterable[Sample]) -> bytes:
     """A finished tar. Same samples, same bytes: fixed time, owner and mode."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in samples:
             _add(tar, f"{sample.key}.{sample.image_format}", sample.data)
             _add(tar, f"{sample.key}.json", canonical_json(sample.facts).encode())

@@ -80,23 +80,20 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(load(data).image)
 
 
-def resize_and_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """Pixels of the centre square of an RGB image at size x size: its shorter side is scaled to `size` (bicubic,
-    antialiased)."""
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    width, height = picture.size
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of an RGB image at size x size: its shorter side is scaled to `size` (bicubic, antialiased)."""
+    width, height = image.size
     if (height, width) == (size, size):
-        return np.asarray(picture)
+        return image
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
 
 
-def encode(pixels: np.ndarray, image_format: ImageFormat) -> bytes:
-    """Encode pixels (H, W, 3): PNG and WebP without loss, JPEG at quality 95 without chroma subsampling."""
+def encode(image: Image.Image | np.ndarray, image_format: ImageFormat) -> bytes:
+    """Encode an RGB image or pixels (H, W, 3): PNG, WebP without loss; JPEG at quality 95, chroma not subsampled."""
     buffer = io.BytesIO()
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if image_format == "png":
         picture.save(buffer, "PNG", compress_level=3)
     elif image_format == "webp":

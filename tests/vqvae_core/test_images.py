@@ -11,6 +11,10 @@ from vqvae_core.images import ImageError, decode, encode, grid, images_to_pixels
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
 
+def shrunk(pixels: np.ndarray, size: int) -> np.ndarray:
+    return np.asarray(resize_and_crop(Image.fromarray(np.ascontiguousarray(pixels)), size))
+
+
 def test_pixels_and_images_are_each_others_reverse() -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     converted = pixels_to_images(pixels)
@@ -34,13 +38,13 @@ def test_jpeg_keeps_all_chroma() -> None:
 def test_crop_is_the_centre() -> None:
     pixels = np.zeros((10, 30, 3), np.uint8)
     pixels[:, 10:20] = 200
-    assert (resize_and_crop(pixels, 10) == 200).all()
-    assert (resize_and_crop(pixels.transpose(1, 0, 2), 10) == 200).all()
+    assert (shrunk(pixels, 10) == 200).all()
+    assert (shrunk(pixels.transpose(1, 0, 2), 10) == 200).all()
 
 
 def test_shrinking_averages() -> None:
     checks = np.indices((64, 64)).sum(0)[..., None].repeat(3, 2) % 2 * 255
-    small = resize_and_crop(checks.astype(np.uint8), 8)
+    small = shrunk(checks.astype(np.uint8), 8)
     assert abs(small[2:-2, 2:-2].astype(int) - 127).max() < 20
 
 
