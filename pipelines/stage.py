@@ -222,9 +222,7 @@ def _fan_out(
     from ray.exceptions import RayError
 
     _quiet()
-    # Between two tasks a CPU waits for 0.15 s, so where jobs are many, a task does several, one after the other.
-    size = min(_JOBS_PER_TASK, max(1, len(jobs) // (8 * session.num_cpus())))
-    bundles = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    bundles = list(_bundles(jobs, session.num_cpus()))
     rows = [{"jobs": json.dumps(bundle)} for bundle in bundles]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task))
     try:
@@ -235,6 +233,16 @@ def _fan_out(
                 yield result
     except RayError as error:
         raise root_cause(error) from error
+
+
+def _bundles(jobs: Sequence[dict[str, Any]], num_cpus: int) -> Iterator[Sequence[dict[str, Any]]]:
+    """Jobs for one task each: some at first, since a CPU waits for 0.15 s between two tasks; single ones in the end, so
+    that all CPUs are done at about the same time."""
+    start = 0
+    while start < len(jobs):
+        size = min(_JOBS_PER_TASK, -(-(len(jobs) - start) // (3 * num_cpus)))
+        yield jobs[start : start + size]
+        start += size
 
 
 def _quiet() -> None:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
@@ -91,15 +92,16 @@ class SourceFile(io.RawIOBase):
 
     def __init__(self, folder: Folder, name: str) -> None:
         super().__init__()
-        self._folder, self._name = folder, name
-        self._file = self._open()
-        self._size = self._file.size()
+        self.place = f"{folder.uri}/{name}"
+        self._file: pa.NativeFile | None = None
+        self._local = -1
         self._position = 0
-
-    def _open(self) -> pa.NativeFile:
-        if self._folder.is_local:
-            return pa.OSFile(os.fsencode(f"{self._folder.uri}/{self._name}"))  # names that are no UTF-8 too
-        return retry(lambda: self._folder.open_unchecked(self._name))
+        if folder.is_local:
+            self._local = os.open(os.fsencode(f"{folder.uri}/{name}"), os.O_RDONLY)  # names that are no UTF-8 too
+            self._size = os.fstat(self._local).st_size
+        else:
+            file = retry(lambda: folder.open_unchecked(name))
+            self._file, self._size = file, file.size()
 
     def size(self) -> int:
         return self._size
@@ -134,19 +136,27 @@ class SourceFile(io.RawIOBase):
         expected = max(0, min(num_bytes, self._size - offset))
         if not expected:
             return b""
-        if self._folder.is_local:
-            return self._file.read_at(expected, offset)
-        return retry(lambda: self._complete(expected, offset))
+        if self._file is None:
+            data = os.pread(self._local, expected, offset)
+            while 0 < len(data) < expected and (
+                more := os.pread(self._local, expected - len(data), offset + len(data))
+            ):
+                data += more  # one call reads 2 GiB at most
+            return data
+        return retry(lambda: self._complete(self._file, expected, offset))
 
-    def _complete(self, num_bytes: int, offset: int) -> bytes:
-        data = self._file.read_at(num_bytes, offset)
+    def _complete(self, file: Any, num_bytes: int, offset: int) -> bytes:
+        data = file.read_at(num_bytes, offset)
         if len(data) != num_bytes:
             raise OSError(f"{len(data)} of {num_bytes} bytes came")
         return data
 
     def close(self) -> None:
-        if not self.closed:
+        if self._file is not None:
             self._file.close()
+        elif self._local >= 0:
+            os.close(self._local)
+            self._local = -1
         super().close()
 
 

@@ -244,7 +244,7 @@ def test_a_source_is_read_about_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def counted(self: SourceFile, offset: int, size: int) -> bytes:
         nonlocal num_bytes
         data = read_at(self, offset, size)
-        num_bytes += len(data) if self._folder.uri.startswith(str(tmp_path / "source")) else 0
+        num_bytes += len(data) if self.place.startswith(str(tmp_path / "source")) else 0
         return data
 
     def here(session, task, jobs):
