@@ -5,6 +5,7 @@ import json
 import os
 import statistics
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -96,3 +97,42 @@ def inner_archives(archive: Path) -> list[tuple[str, int, int]]:
     """(name, offset, bytes) of each inner tar of an archive in ImageNet's layout."""
     with tarfile.open(archive, "r:") as outer:
         return [(member.name, member.offset_data, member.size) for member in outer]
+
+
+class Memory:
+    """The peak of the memory (proportional set size) of this process and all that it starts. A context manager."""
+
+    def __enter__(self) -> "Memory":
+        self.peak_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            self.peak_bytes = max(self.peak_bytes, sum(map(_proportional_bytes, _family("self"))))
+
+
+def _family(pid: str) -> list[str]:
+    found = [pid]
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        for thread in threads:
+            for child in (thread / "children").read_text().split():
+                found += _family(child)
+    except OSError:
+        pass
+    return found
+
+
+def _proportional_bytes(pid: str) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from PIL import Image
 
 from benchmarks.peers import (
     Bar,
+    Memory,
     decode_resize_encode,
     in_processes,
     inner_archives,
@@ -162,45 +162,6 @@ class Ours:
         assert made == num_images + 100, f"{made} images came out"
         shutil.rmtree(self._place)
         return made / work_seconds
-
-
-class Memory:
-    """The peak of the memory (proportional set size) of this process and all that it starts. A context manager."""
-
-    def __enter__(self) -> "Memory":
-        self.peak_bytes = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.5):
-            self.peak_bytes = max(self.peak_bytes, sum(map(_proportional_bytes, _family("self"))))
-
-
-def _family(pid: str) -> list[str]:
-    found = [pid]
-    try:
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
-        for thread in threads:
-            for child in (thread / "children").read_text().split():
-                found += _family(child)
-    except OSError:
-        pass
-    return found
-
-
-def _proportional_bytes(pid: str) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def img2dataset(python: str, files: Path, out: Path) -> float:
