@@ -100,7 +100,8 @@ def inner_archives(archive: Path) -> list[tuple[str, int, int]]:
 
 
 class Memory:
-    """The peak of the memory (proportional set size) of this process and all that it starts. A context manager."""
+    """The peak of the memory of this process and all that it starts: what each has for itself, and what they share
+    (the largest part that one of them has mapped). Programs and libraries, which are files, are not counted."""
 
     def __enter__(self) -> "Memory":
         self.peak_bytes = 0
@@ -115,7 +116,9 @@ class Memory:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.5):
-            self.peak_bytes = max(self.peak_bytes, sum(map(_proportional_bytes, _family("self"))))
+            found = [_own_and_shared_bytes(pid) for pid in _family("self")]
+            now = sum(own for own, _ in found) + max(shared for _, shared in found)
+            self.peak_bytes = max(self.peak_bytes, now)
 
 
 def _family(pid: str) -> list[str]:
@@ -130,9 +133,12 @@ def _family(pid: str) -> list[str]:
     return found
 
 
-def _proportional_bytes(pid: str) -> int:
+def _own_and_shared_bytes(pid: str) -> tuple[int, int]:
+    # Not smaps_rollup: reading it stops the process for as long as its page tables are walked.
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+        return 0, 0
+    values = {name: 1024 * int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)
+              if name in ("RssAnon", "RssShmem")}  # fmt: skip
+    return values.get("RssAnon", 0), values.get("RssShmem", 0)

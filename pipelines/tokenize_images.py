@@ -23,8 +23,8 @@ from vqvae_core.token_shards import KIND, TokenShape, TokenShards, write_parquet
 from vqvae_core.train import to_device
 from vqvae_core.vqvae import STRIDE, VQVAE
 
-VERSION = 1
-_BATCH = 64
+VERSION = 2
+_BATCH = 16
 
 
 def tokenize_images(pipeline: Pipeline, images: ImageShards, model: Artifact) -> TokenShards:
