@@ -47,7 +47,7 @@ _ENTRIES = pa.schema(
     ]
 )
 _COLUMNS = ["name", "level", "validation", "offset", "num_bytes"]  # what is held in memory
-_RUNS = pa.schema(
+RUNS_SCHEMA = pa.schema(
     [
         ("file", pa.int32()),
         ("row_group", pa.int32()),
@@ -207,7 +207,7 @@ def _write_runs(space: Workspace, names: Sequence[str]) -> tuple[pa.Table, int]:
             for row_group, run in enumerate(record["runs"]):
                 yield {"file": number, "row_group": row_group, **run}
 
-    table = table_of(rows(), _RUNS)
+    table = table_of(rows(), RUNS_SCHEMA)
     return table, table.num_rows
 
 

@@ -41,9 +41,10 @@ from tests.pipelines.data import (
 )
 from tests.pipelines.test_cli import ROOT
 from vqvae_core.artifacts import Artifact
+from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.images import encode
-from vqvae_core.storage import Folder
+from vqvae_core.storage import Folder, StorageError
 
 pytestmark = pytest.mark.slow
 CONFIG = ShardConfig(image_size=32, images_per_shard=4, max_rejected_fraction=0.5)
@@ -301,3 +302,45 @@ def test_from_and_to_a_store_that_fails(whole, faulty, tmp_path: Path, kind: str
     assert all(proxy.counts[fault] > before[fault] for fault in before), "not every fault came up"
     for path in made.shards("train"):
         made.read(path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB in memory."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system: mount says {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "class_folders"])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    session: Session, small_disk: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise needs twice what it takes: first the check of the space says so, then, without it, the write itself."""
+    place = tmp_path / "source"
+    if kind == "class_folders":
+        for number, picture in enumerate(NOISE):
+            (place / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+            (place / "ab"[number % 2] / f"{number}.png").write_bytes(encode(picture, "png"))
+    else:
+        write_noise(kind, place)
+    config = dataclasses.replace(CONFIG, image_size=64, images_per_shard=10)
+    source = SOURCES[kind](path=str(place))
+    root = small_disk / "root"
+    (small_disk / "ballast").write_bytes(bytes(400_000))
+    with pytest.raises(StorageError, match="expected .* GiB of free space at .* found .* GiB; free some or choose"):
+        make(session, root, source, config)
+    monkeypatch.setattr(shard_stage, "check_space", lambda *_: None)
+    with pytest.raises(InputError, match="no space left in .*: .* more bytes were needed; free some space and run"):
+        make(session, root, source, config)
+    assert not list(root.glob("shard-*/manifest.json"))
+    done = {path: path.stat().st_mtime_ns for path in root.glob("shard-*/sidecars/*.json")}
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    made = make(session, root, source, config)
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "a finished shard was made again"
+    assert made.num_images("train") + made.num_images("validation") == len(NOISE)
+    assert made.artifact.files == make(session, tmp_path / "other", source, config).artifact.files

@@ -1,0 +1,83 @@
+"""Tokens back to pictures, by the model that made them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import decode
+from tests.pipelines.test_golden import VQVAE_CONFIG, weights
+from vqvae_core.artifacts import Artifact, FileEntry, commit
+from vqvae_core.checkpoint import save_model
+from vqvae_core.errors import InputError
+from vqvae_core.images import decode as pixels_of
+from vqvae_core.storage import Folder
+from vqvae_core.token_shards import KIND, TokenShape, write_parquet
+from vqvae_core.vqvae import VQVAE
+
+PRINT = "ab" * 32
+
+
+def put(folder: Folder, kind: str, files: dict[str, tuple[bytes, int]], fingerprint: str) -> Artifact:
+    for name, (data, _) in files.items():
+        folder.write(name, data)
+    entries = [FileEntry.of(name, data, rows=rows) for name, (data, rows) in files.items()]
+    return commit(folder, kind=kind, stage="s", stage_version=1, fingerprint=fingerprint, recipe={}, inputs={},
+                  files=entries, facts={}, provenance={})  # fmt: skip
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with a model and the tokens that it made of 5 pictures, in two shards."""
+    import dataclasses
+
+    model = weights(VQVAE(VQVAE_CONFIG))
+    config = json.dumps(dataclasses.asdict(VQVAE_CONFIG)).encode()
+    put(Folder.of(tmp_path / f"train_vqvae-{PRINT[:12]}"), "VQVAEModel",
+        {"model.safetensors": (save_model(model), 0), "config.json": (config, 0)}, PRINT)  # fmt: skip
+    shape = TokenShape(height=4, width=4, num_groups=1, num_codes=16)
+    tokens = np.arange(5 * 16).reshape(5, 4, 4, 1) % 16
+    shards = {
+        f"train-00000{number}.parquet": (write_parquet(keys, [None] * len(keys), tokens[part], shape, PRINT), len(keys))
+        for number, (keys, part) in enumerate([(["a", "b", "c"], slice(0, 3)), (["d", "e"], slice(3, 5))])
+    }
+    put(Folder.of(tmp_path / "tokenize-1"), KIND, shards, "t")
+    return tmp_path
+
+
+def test_an_artifact_is_decoded(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    decode.main([str(root / "tokenize-1"), "--out", str(root / "out"), "--limit", "4"])
+    names = sorted(path.name for path in (root / "out").iterdir())
+    assert names == ["a.png", "b.png", "c.png", "d.png", "grid.png"]
+    model = weights(VQVAE(VQVAE_CONFIG))
+    with torch.no_grad():
+        expected = model.decode(torch.arange(64).view(4, 4, 4) % 16).numpy()
+    for name, picture in zip("abcd", expected, strict=True):
+        assert np.array_equal(pixels_of((root / "out" / f"{name}.png").read_bytes()), picture)
+    assert "4 pictures: " in capsys.readouterr().out
+
+
+def test_one_shard_is_decoded(root: Path) -> None:
+    decode.main([str(root / "tokenize-1" / "train-000001.parquet"), "--out", str(root / "out")])
+    assert sorted(path.name for path in (root / "out").iterdir()) == ["d.png", "e.png", "grid.png"]
+
+
+def test_without_the_model(root: Path) -> None:
+    (root / f"train_vqvae-{PRINT[:12]}").rename(root / "elsewhere")
+    with pytest.raises(InputError, match=f"expected the model of these tokens at .*{PRINT[:12]}, found none"):
+        decode.main([str(root / "tokenize-1"), "--out", str(root / "out")])
+    decode.main([str(root / "tokenize-1"), "--out", str(root / "out"), "--model", str(root / "elsewhere")])
+    put(Folder.of(root / "other"), "VQVAEModel", {}, "cd" * 32)
+    with pytest.raises(InputError, match="expected the model abababababab, .* found cdcdcdcdcdcd"):
+        decode.main([str(root / "tokenize-1"), "--out", str(root / "out"), "--model", str(root / "other")])
+
+
+def test_what_is_no_token_shard(root: Path) -> None:
+    with pytest.raises(InputError, match="expected a token shard at .*x.parquet, found no such file"):
+        decode.main([str(root / "x.parquet"), "--out", str(root / "out")])
+    with pytest.raises(InputError, match="expected a finished artifact"):
+        decode.main([str(root), "--out", str(root / "out")])
+    with pytest.raises(InputError, match="expected --limit to be at least 1, found 0"):
+        decode.main([str(root / "tokenize-1"), "--limit", "0"])
