@@ -6,8 +6,9 @@
 
 An archive in ImageNet's layout is made of real photographs (--photographs, a folder with ILSVRC2012_img_val.tar), or of
 synthetic ones where there are none. All rivals read it, or its unpacked files, from the same disk, make 128x128 JPEGs
-of quality 95 (4:4:4) on 2 processes, and write WebDataset tars; the bare loop writes nothing. Bars: at least 85 % of
-the bare loop's rate, faster than the two others, and peak memory that does not grow with the number of images.
+of quality 95 (4:4:4) on 2 processes, and write WebDataset tars: the script by one ShardWriter beside its 2 processes, the
+bare loop not at all. Bars: at least 85 % of the bare loop's rate, faster than the two others, and peak memory that does
+not grow with the number of images.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -99,26 +101,37 @@ def bare(archive: str, places: list[tuple[str, int, int]]) -> int:
     return count
 
 
-def shard_writer(archive: str, places: list[tuple[str, int, int]], out: str) -> int:
-    """What one would write by hand with the webdataset library."""
+def shard_writer(archive: str, places: list[tuple[str, int, int]], out: str) -> float:
+    """What one would write by hand: a pool that makes the samples, and one writer. Returns images/s."""
     from webdataset.writer import ShardWriter
 
     count = 0
     Path(out).mkdir(parents=True)
     with (
-        Path(archive).open("rb") as file,
+        get_context("spawn").Pool(PROCESSES) as pool,
         ShardWriter(f"{out}/%06d.tar", maxcount=PER_SHARD, encoder=False, verbose=0) as writer,
     ):
-        for name, offset, size in places:
-            file.seek(offset)
-            with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
-                for member in tar:
-                    data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    picture = decode_resize_encode(data, SIZE, "JPEG", QUALITY)
-                    facts = json.dumps({"level": name, "source": member.name}).encode()
-                    writer.write({"__key__": member.name.split(".")[0], "jpg": picture, "json": facts})
-                    count += 1
-    return count
+        pool.map(time.sleep, [1.0] * PROCESSES)  # started and warm before the clock is
+        begin = time.perf_counter()
+        for samples in pool.imap(_samples, [(archive, *place) for place in places]):
+            for sample in samples:
+                writer.write(sample)
+            count += len(samples)
+    return count / (time.perf_counter() - begin)
+
+
+def _samples(job: tuple[str, str, int, int]) -> list[dict[str, Any]]:
+    archive, name, offset, size = job
+    made = []
+    with Path(archive).open("rb") as file:
+        file.seek(offset)
+        with tarfile.open(fileobj=io.BytesIO(file.read(size))) as tar:
+            for member in tar:
+                data = tar.extractfile(member).read()  # type: ignore[union-attr]
+                picture = decode_resize_encode(data, SIZE, "JPEG", QUALITY)
+                facts = json.dumps({"level": name, "source": member.name}).encode()
+                made.append({"__key__": member.name.split(".")[0], "jpg": picture, "json": facts})
+    return made
 
 
 class Ours:
@@ -232,11 +245,9 @@ def _compare(place: Path, archive: str, num_images: int, rounds: int, what: str,
         return sum(counts) / seconds
 
     def by_hand() -> float:
-        jobs = [(archive, half, str(place / f"hand-{number}")) for number, half in enumerate(halves)]
-        seconds, counts = in_processes(shard_writer, jobs, PROCESSES)
-        for *_, out in jobs:
-            shutil.rmtree(out)
-        return sum(counts) / seconds
+        rate = shard_writer(archive, places, str(place / "hand"))
+        shutil.rmtree(place / "hand")
+        return rate
 
     rivals: dict[str, Any] = {
         "bare_loop": loop,

@@ -32,6 +32,7 @@ RUNS, RENAMED = "runs.parquet", "renamed.parquet"
 SPOOL = "spool"
 _PARTS_PER_FILE = 32
 _HASHES_AT_ONCE = 1 << 26  # 512 MiB of them
+_MOST_COMPARED = 1 << 28  # keys of a larger source are not compared: each gets a hash of its place
 _MAX_BYTES = (1 << 31) - 1
 KEY_CHARACTERS = 90
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
@@ -109,13 +110,14 @@ def _build(pipeline: Pipeline, source: AnySource, space: Workspace) -> Made:
         files += [FileEntry(**record["file"]), *(FileEntry(**file) for file in record["spooled"])]
         levels.update(record["levels"])
     runs, num_runs = _write_runs(space, names)
-    renamed, num_renamed = _write_renamed(space.folder, names, runs)
     counts = _counts(runs)
+    compared = counts.sum() <= _MOST_COMPARED
+    renamed, num_renamed = _write_renamed(space.folder, names if compared else [], runs)
     facts = {
         "runs": num_runs,
         "images": {"train": int(counts[:, 0].sum()), "validation": int(counts[:, 1].sum())},
         "label_map": source.labels(levels),
-        "renamed": num_renamed,
+        "renamed": num_renamed if compared else int(counts.sum()),
     }
     files += [
         _written(space.folder, RUNS, runs, num_runs),
@@ -328,6 +330,8 @@ class SourceIndex:
         return Entries(table.append_column("renamed", pa.array(self._is_renamed(run, position))))
 
     def _is_renamed(self, run: np.ndarray, position: np.ndarray) -> np.ndarray:
+        if self.artifact.facts["renamed"] == sum(self.artifact.facts["images"].values()):
+            return np.ones(len(run), bool)
         table = pq.read_table(io.BytesIO(self.artifact.read(RENAMED)))
         found = np.zeros(len(run), bool)
         for number, place in zip(table["run"].to_pylist(), table["position"].to_pylist(), strict=True):

@@ -451,8 +451,6 @@ def prepare(
     label_map: dict[str, int] | None,
 ) -> Prepared | Reject:
     """An item at the recipe's size, or the record of its rejection."""
-    raw = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
-    sha256 = hash_bytes(raw)
     try:
         if item.fault:
             raise ImageError(item.fault)
@@ -470,12 +468,13 @@ def prepare(
         small = resize_and_crop(picture.image, size)
         data = encode(small, config.image_format)
     except ImageError as error:
-        return Reject(run, key, str(error), sha256)
+        raw = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
+        return Reject(run, key, str(error), hash_bytes(raw))
     facts = {**item.facts}
     if level is not None:
         facts["level"] = level
         facts["label"] = label_map[level] if label_map else None
-    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", sha256, small)
+    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", small, data)
     return Prepared(Sample(key=key, image_format=config.image_format, data=data, facts=facts), origin)
 
 

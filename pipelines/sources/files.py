@@ -1,5 +1,6 @@
 """The files of a source, local or on S3: listed by name and size, opened by name, read in ranges with read-ahead."""
 
+import functools
 import io
 import os
 from collections import deque
@@ -87,6 +88,12 @@ def unreadable(folder: Folder, name: str, error: BaseException) -> SourceError:
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _opened(folder: Folder, name: str) -> pa.NativeFile:
+    """A file on S3. Opening one is a request, and a shard takes from hundreds of runs of one archive."""
+    return retry(lambda: folder.open_unchecked(name))
+
+
 class SourceFile(io.RawIOBase):
     """A file that is read at random, local or on S3. On S3 a read that fails or comes short is tried again."""
 
@@ -100,7 +107,7 @@ class SourceFile(io.RawIOBase):
             self._local = os.open(os.fsencode(f"{folder.uri}/{name}"), os.O_RDONLY)  # names that are no UTF-8 too
             self._size = os.fstat(self._local).st_size
         else:
-            file = retry(lambda: folder.open_unchecked(name))
+            file = _opened(folder, name)
             self._file, self._size = file, file.size()
 
     def size(self) -> int:
@@ -152,9 +159,7 @@ class SourceFile(io.RawIOBase):
         return data
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        elif self._local >= 0:
+        if self._local >= 0:
             os.close(self._local)
             self._local = -1
         super().close()

@@ -110,6 +110,14 @@ def test_keys_are_compared_in_passes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert made.entries(np.array([1, 3])).table["renamed"].to_numpy().tolist() == [False] * 8 + [True] * 8
 
 
+def test_keys_of_a_very_large_source_all_carry_a_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_webdataset(tmp_path / "s", num_tars=2)
+    monkeypatch.setattr(index, "_MOST_COMPARED", 10)
+    made = built(WebDatasetSource(path=str(tmp_path / "s")), tmp_path / "i", monkeypatch)
+    assert made.artifact.facts["renamed"] == 16
+    assert made.entries(np.arange(2)).table["renamed"].to_numpy().all()
+
+
 def test_a_finished_part_is_not_indexed_again(tmp_path: Path) -> None:
     write_imagenet(tmp_path / "s")
     source = ImageNetSource(path=str(tmp_path / "s"))
