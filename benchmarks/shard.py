@@ -6,9 +6,9 @@
 
 An archive in ImageNet's layout is made of real photographs (--photographs, a folder with ILSVRC2012_img_val.tar), or of
 synthetic ones where there are none. All rivals read it, or its unpacked files, from the same disk, make 128x128 JPEGs
-of quality 95 (4:4:4) on 2 processes, and write WebDataset tars: the script by one ShardWriter beside its 2 processes, the
-bare loop not at all. Bars: at least 85 % of the bare loop's rate, faster than the two others, and peak memory that does
-not grow with the number of images.
+of quality 95 (4:4:4) on 2 processes, and write WebDataset tars: the script by one ShardWriter beside its 2 processes,
+the bare loop not at all. Bars: at least 85 % of the bare loop's rate, faster than the two others, and peak memory that
+does not grow with the number of images.
 """
 
 import argparse

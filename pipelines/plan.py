@@ -5,8 +5,9 @@ by the seed, and permuted in each: so neither the driver nor a task ever holds m
 from the runs of one group. The plan itself has a few numbers a run, and none an image or a shard.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class Plan:
     def num_shards(self, split: int) -> int:
         return int(self._shards[-1, split])
 
-    @property
+    @cached_property
     def _shards(self) -> np.ndarray:
         """int64 (groups + 1, 2): shards of each split before each group."""
         each = -(-self.taken // self.images_per_shard)
@@ -64,14 +65,15 @@ class Plan:
         digits = max(6, len(str(self.num_shards(split) - 1)))
         return f"{SPLITS[split]}-{number:0{digits}d}"
 
-    def shards(self, group: int) -> Iterator[PlannedShard]:
+    def shards(self, group: int, splits: Sequence[int] = (0, 1)) -> Iterator[PlannedShard]:
         """The shards of a group, in order."""
         before = self._shards
-        for split in range(2):
+        for split in splits:
             digits = max(6, len(str(before[-1, split] - 1)))
-            for number in range(before[group, split], before[group + 1, split]):
-                first = int(number - before[group, split]) * self.images_per_shard
-                count = int(min(self.images_per_shard, self.taken[group, split] - first))
+            start, stop, taken = int(before[group, split]), int(before[group + 1, split]), int(self.taken[group, split])
+            for number in range(start, stop):
+                first = (number - start) * self.images_per_shard
+                count = min(self.images_per_shard, taken - first)
                 yield PlannedShard(f"{SPLITS[split]}-{number:0{digits}d}", split, group, first, count)
 
     def runs_of(self, group: int) -> np.ndarray:

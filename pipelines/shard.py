@@ -204,7 +204,7 @@ class _Build:
         """The files and facts, out of all sidecars: those of an earlier run as well."""
         files, rejects, report = [], [], DataReport()
         self._rejected = []
-        for record in self._space.records(names):
+        for record in self._space.records(sorted(names)):
             split = record["name"].split("-")[0]
             self._check(record["rejects"])
             rejects += [dict(zip(_REJECT.names, reject, strict=True)) for reject in record["rejects"]]

@@ -13,10 +13,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vqvae_core.errors import InputError
@@ -78,7 +78,7 @@ class FileTable(Mapping[str, FileEntry]):
     """The files of an artifact by path, in order. Kept as columns: there may be millions."""
 
     def __init__(self, table: pa.Table) -> None:
-        self.table = table.combine_chunks()
+        self.table = table
 
     @classmethod
     def of(cls, files: Iterable[FileEntry]) -> "FileTable":
@@ -91,9 +91,10 @@ class FileTable(Mapping[str, FileEntry]):
             for entries in _batches(files, _CHUNK)
         ]
         table = pa.Table.from_batches(batches, schema=_FILES_SCHEMA)
-        paths = table["path"].to_pylist()
-        if any(a >= b for a, b in pairwise(paths)):
-            table = table.take(sorted(range(len(paths)), key=paths.__getitem__))
+        paths = table["path"]
+        in_order = pc.call_function("less", [paths.slice(0, max(0, len(paths) - 1)), paths.slice(1)])
+        if not pc.call_function("all", [in_order]).as_py() and len(paths) > 1:
+            table = table.take(pc.call_function("sort_indices", [paths]))
         return cls(table)
 
     def __len__(self) -> int:
@@ -117,9 +118,12 @@ class FileTable(Mapping[str, FileEntry]):
 
     def values(self) -> Any:
         """Every entry, in order, made as it is asked for."""
+        return itertools.starmap(FileEntry, self.rows())
+
+    def rows(self) -> Iterator[tuple[str, int, int, str]]:
+        """(path, rows, bytes, sha256) of every file, in order."""
         for batch in self.table.to_batches(max_chunksize=_CHUNK):
-            columns = (batch[field.name].to_pylist() for field in _FILES_SCHEMA)
-            yield from map(FileEntry, *columns)
+            yield from zip(*(batch[field.name].to_pylist() for field in _FILES_SCHEMA), strict=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FileTable) and self.table.equals(other.table)
@@ -140,8 +144,8 @@ def content_digest(files: "Iterable[FileEntry] | FileTable") -> str:
     """A hash of all file hashes with their paths: what the artifact contains, whatever its provenance."""
     table = files if isinstance(files, FileTable) else FileTable.of(files)
     digest = hashlib.sha256()
-    for file in table.values():
-        digest.update(f"{file.path}\0{file.rows}\0{file.sha256}\n".encode())
+    for path, rows, _, sha256 in table.rows():
+        digest.update(f"{path}\0{rows}\0{sha256}\n".encode())
     return digest.hexdigest()
 
 
