@@ -27,7 +27,7 @@ class ShardConfig:
     """Images in a shard; the last one of a split may have fewer."""
     mix_images: int = 1 << 21
     """Images that are permuted together. A larger source is cut into groups of whole runs, drawn by the seed."""
-    max_rejected_fraction: float = 0.01
+    max_rejected_fraction: float = field(default=0.01, metadata={"hashed": False})
     """Above this share of rejected images the stage fails and shows them."""
     max_train_images: int | None = None
     """Take only so many images of the train split, drawn by the seed; None: all."""

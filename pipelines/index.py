@@ -198,7 +198,7 @@ def safe_key(prefix: str, name: str) -> str:
     stem, dot, extension = name.rpartition(".")
     stem = stem if dot + extension.lower() in EXTENSIONS else name
     text = stem if stem.startswith(prefix) else f"{prefix}_{stem}"
-    return _UNSAFE.sub("_", text)[:KEY_CHARACTERS]
+    return _UNSAFE.sub("_", text)[:KEY_CHARACTERS] or "_"
 
 
 def _write_runs(space: Workspace, names: Sequence[str]) -> tuple[pa.Table, int]:

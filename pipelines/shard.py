@@ -398,7 +398,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row of rejects.parquet. source: the run it is in; sha256: of its bytes."""
+    """A row of rejects.parquet. source: its place in the source, relative; sha256: of its bytes."""
 
     source: str
     key: str
@@ -439,7 +439,7 @@ def key_of(run: Run, entry: Entry, *, renamed: bool) -> str:
     key = safe_key(run.prefix, entry.name)
     if not renamed:
         return key
-    return f"{key[: KEY_CHARACTERS - 11]}-{hash_bytes(f'{run.name}#{entry.position}'.encode())[:10]}"
+    return f"{key[: KEY_CHARACTERS - 17]}-{hash_bytes(f'{run.name}#{entry.position}'.encode())[:16]}"
 
 
 def prepare(
@@ -469,7 +469,7 @@ def prepare(
         data = encode(small, config.image_format)
     except ImageError as error:
         raw = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
-        return Reject(run, key, str(error), hash_bytes(raw))
+        return Reject(item.facts.get("source") or run, key, str(error), hash_bytes(raw))
     facts = {**item.facts}
     if level is not None:
         facts["level"] = level

@@ -268,6 +268,9 @@ class _Run:
             except InputError as error:  # as a value: Ray wraps a raised error in its own and prints it
                 results.append({"error": str(error)})
                 break
+            except OSError as error:  # a disk or a store that fails for good
+                results.append({"error": f"{type(error).__name__}: {error}; the same command goes on from here"})
+                break
             results.append({**result, "begin": begin, "end": time.time()})
         return {"results": json.dumps(results)}
 

@@ -48,7 +48,7 @@ def verify(session: Session, artifact: Artifact) -> list[str]:
         for result in fan_out(session, check_file, jobs):
             path = result["path"]
             twin = by_hash.get(result["sha256"])
-            moved = [f"these are the contents of {twin}"] if twin not in (None, path) else []
+            moved = [f"these are the contents of {twin}"] if result["faults"] and twin not in (None, path) else []
             if found := [*result["faults"], *moved]:
                 faults.append(f"{path}: {'; '.join(found)}")
             hashes.append(np.frombuffer(base64.b64decode(result["keys"]), "<u8"))

@@ -15,7 +15,7 @@ from vqvae_core.shapes import Float, UInt8
 
 ImageFormat = Literal["png", "webp", "jpg"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "webp", "jpg")
-FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
+FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000  # a larger picture is refused before its pixels are decoded
 
 
@@ -56,6 +56,8 @@ def load(data: bytes) -> Picture:
             return Picture(_to_rgb(picture), width, height, kind, mode)
     except ImageError:
         raise
+    except MemoryError:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageError(f"too large: {error}") from error
     except Exception as error:  # decoders raise whatever they like on broken bytes
@@ -66,10 +68,10 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "RGB":
         return picture
     if picture.mode.startswith("I"):  # 16 bits; the library would clip them
-        values = np.asarray(picture).astype(np.int64)
+        values = np.asarray(picture)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError("cannot be used: has pixels of more than 16 bits")
-        picture = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        picture = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if picture.mode == "F":
         raise ImageError("cannot be used: has pixels in floating point")
     return picture.convert("RGB")

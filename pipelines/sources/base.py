@@ -172,6 +172,12 @@ def check_fraction(value: float) -> None:
         raise ValueError(f"validation_fraction must be at least 0 and below 1, was {value}")
 
 
+def relative(path: str) -> str:
+    """A path that somebody recorded, as part of a sample's facts: as it is, or its last part where it is absolute."""
+    path = readable(path.replace("\\", "/"))
+    return path.rpartition("/")[2] if path.startswith("/") or path[1:2] == ":" else path
+
+
 def readable(name: str | bytes) -> str:
     """A name as valid text: bytes that are no UTF-8 are written as \\xNN."""
     data = name if isinstance(name, bytes) else name.encode("utf-8", "surrogateescape")

@@ -12,7 +12,6 @@ from pipelines.sources.base import (
     RunIndex,
     SourceItem,
     check_fraction,
-    given_split,
     number_by_name,
     readable,
     split_by_fraction,
@@ -22,7 +21,15 @@ from pipelines.sources.tars import MAX_MEMBER_BYTES
 from vqvae_core.artifacts import hash_json
 from vqvae_core.storage import Folder
 
-EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
 _WHAT = "a folder of class folders with images"
 
 
@@ -58,23 +65,25 @@ class ClassFoldersSource:
     def parts(self) -> list[Part]:
         """One for each folder, with the names and sizes of its files."""
         folders: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        tops = set()
         for name, size in self._files():
             place, _, file = name.rpartition("/")
             folders[place].append((file, size))
-            tops.add(given_split(name.split("/")[0]) if "/" in name else None)
-        given = "train" in tops and tops <= {"train", "validation", "test"} and len(tops) > 1
-        other = "validation" if "validation" in tops else "test"
+        tops = {place.split("/")[0] for place in folders if place}
+        splits = {top: _SPLITS.get(top.lower()) for top in tops}
+        given = "train" in splits.values() and None not in splits.values()  # else `train` is a class
+        found = set(splits.values())
+        other = "validation" if "validation" in found else "test" if "test" in found else None
         parts = []
         for place, files in sorted(folders.items()):
-            split = given_split(place.split("/")[0]) if given else None
-            if split in (None, "train", other):
-                parts.append(Part(name=place, locator={"files": files, "split": split}))
+            split = splits.get(place.split("/")[0]) if given else None
+            if not given or not place or split in ("train", other):
+                by_name = split if given and other else None
+                parts.append(Part(name=place, locator={"files": files, "split": by_name, "above": int(given)}))
         return parts
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
         given = part.locator["split"]
-        folders = [readable(folder) for folder in part.name.split("/")[1 if given else 0 :]]
+        folders = [readable(folder) for folder in part.name.split("/")[part.locator["above"] :]]
         level = folders[0] if folders and folders[0] else None
         entries = []
         for position, (name, size) in enumerate(part.locator["files"]):

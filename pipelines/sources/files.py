@@ -27,7 +27,7 @@ def place_of(location: str | None, what: str) -> Folder:
 
 
 def list_files(location: str | None, extensions: str | tuple[str, ...], what: str) -> list[tuple[str, int]]:
-    """(name relative to the location, bytes) of its files with an extension, by name, hidden ones left out.
+    """(name relative to the location, bytes) of its files with an extension, by name; those with a dot first not.
 
     Upper and lower case of the extension are the same. Raises `SourceError`.
     """
@@ -46,12 +46,12 @@ def list_files(location: str | None, extensions: str | tuple[str, ...], what: st
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _walk(folder: Folder, what: str) -> Iterator[tuple[str, int]]:
     if not folder.is_local:
-        system, root = fs.FileSystem.from_uri(folder.uri)
+        system, root = folder.s3
         selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
         for info in retry(lambda: system.get_file_info(selector)):
             if info.type == fs.FileType.File:
@@ -62,11 +62,13 @@ def _walk(folder: Folder, what: str) -> Iterator[tuple[str, int]]:
     seen = set()  # links to folders are followed, a loop is not
     for place, folders, names in os.walk(folder.uri, followlinks=True, onerror=_raise):
         seen.add(Path(place).resolve())
-        folders[:] = [name for name in folders if (Path(place) / name).resolve() not in seen]
+        folders[:] = sorted(name for name in folders if (Path(place) / name).resolve() not in seen)
         for name in names:
             path = Path(place) / name
             if path.is_file():
                 yield path.relative_to(folder.uri).as_posix(), path.stat().st_size
+            elif path.is_symlink() and not path.exists():  # its image is missing: it will be rejected, not forgotten
+                yield path.relative_to(folder.uri).as_posix(), 0
 
 
 def _raise(error: OSError) -> None:
@@ -207,7 +209,7 @@ def read_ranges(file: SourceFile, ranges: Sequence[tuple[int, int]], *, ahead: b
 
 
 def read_files(folder: Folder, names: Sequence[str]) -> Iterator[bytes | OSError]:
-    """The bytes of each file, in order, or the error in its place."""
+    """The bytes of each file, in order, or the error in its place where the file is not there or may not be read."""
     yield from _in_order([lambda n=name: _whole(folder, n) for name in names], not folder.is_local)
 
 
@@ -215,8 +217,8 @@ def _whole(folder: Folder, name: str) -> bytes | OSError:
     try:
         with SourceFile(folder, name) as file:
             return file.read()
-    except OSError as error:
-        return error
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        return error  # an answer about this file; anything else may pass, and must not become a rejection
 
 
 def _in_order(reads: Sequence, ahead: bool) -> Iterator:  # type: ignore[type-arg]

@@ -17,6 +17,7 @@ from pipelines.sources.base import (
     SourceItem,
     check_fraction,
     number_by_name,
+    readable,
     split_by_fraction,
 )
 from pipelines.sources.files import list_files, place_of
@@ -77,7 +78,7 @@ class HuggingFaceSource:
                 # Where a label is missing or out of range, `read` finds it again and says so.
                 entries.append(Entry(position=position, name=name, level=level, split=split))
             row += count
-            run = Run(name=f"{part.name}#{group}", locator={"file": part.name, "group": group})
+            run = Run(name=readable(f"{part.name}#{group}"), locator={"file": part.name, "group": group})
             yield RunIndex(run=run, entries=entries)
 
     def _classes(self, file: pq.ParquetFile) -> list[str] | None:
@@ -87,6 +88,10 @@ class HuggingFaceSource:
             names = features[self.label_column]["names"]
         except (KeyError, ValueError, TypeError):
             return None
+        if len(set(names)) != len(names):
+            raise SourceError(
+                f"expected names of labels that differ in {self.path}, found {', '.join(map(str, names))}"
+            )
         return [str(name) for name in names]
 
     def _levels(self, part: Part, file: pq.ParquetFile, group: int, classes: list[str] | None) -> list[str | None]:

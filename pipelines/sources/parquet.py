@@ -60,6 +60,7 @@ def images_in(table: pa.Table, column: str) -> Iterator[tuple[bytes, str | None]
 
 def parts_of(files: Sequence[tuple[str, int]]) -> list[Part]:
     """One for each file, with the split that its name gives."""
+    files = [entry for entry in files if not entry[0].rpartition("/")[2].startswith("_")]  # _metadata and the like
     given = splits_of([name for name, _ in files])
     names = [name for name, _ in files]
     return [Part(name=name, locator={"split": given[name] if given else None}) for name in names

@@ -16,6 +16,8 @@ from pipelines.sources.base import (
     SourceItem,
     check_fraction,
     number_by_name,
+    readable,
+    relative,
     split_by_fraction,
 )
 from pipelines.sources.files import list_files, place_of
@@ -57,6 +59,9 @@ class RecordedFramesSource:
             raise SourceError(
                 f"expected the columns image, {', '.join(_FRAME)} in {where}, missing: {', '.join(missing)}"
             )
+        level = schema.field("level").type
+        if not (pa.types.is_string(level) or pa.types.is_large_string(level)):
+            raise SourceError(f"expected strings in `level` of {where}, found {level}")
         for column in ("episode", "step"):
             if not pa.types.is_integer(schema.field(column).type):
                 found = schema.field(column).type
@@ -83,7 +88,8 @@ class RecordedFramesSource:
                 name = f"{level}-{episode}-{step:06d}" if None not in (level, episode, step) else f"row-{position}"
                 entries.append(Entry(position=position, name=name, level=level, split=split))
             yield RunIndex(
-                run=Run(name=f"{part.name}#{group}", locator={"file": part.name, "group": group}), entries=entries
+                run=Run(name=readable(f"{part.name}#{group}"), locator={"file": part.name, "group": group}),
+                entries=entries,
             )
 
     def labels(self, levels: set[str]) -> dict[str, int] | None:
@@ -99,5 +105,5 @@ class RecordedFramesSource:
             missing = [column for column, value in zip(_FRAME, (level, episode, step), strict=True) if value is None]
             missing += [] if image else ["bytes"]
             fault = f"no {', '.join(missing)}: the cell is empty" if missing else ""
-            facts = {"episode": episode, "step": step, "source": path}
+            facts = {"episode": episode, "step": step, "source": path and relative(path)}
             yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)

@@ -8,7 +8,9 @@ from pipelines.sources.base import Entry, SourceError
 from pipelines.sources.files import SourceFile, Window, read_ranges
 
 MAX_MEMBER_BYTES = 256 << 20  # of one picture; a larger member is not read
+LINK = -1  # in the place of the size of a link, whose contents are elsewhere
 _SMALL_BYTES = 1 << 20  # of a label
+_STRETCH_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,11 @@ def members(
                 tar.members.clear()  # type: ignore[attr-defined]  it would keep them all
                 if member.size < 0 or member.offset_data + member.size > size:
                     raise SourceError(f"expected a complete tar at {where}, it ends inside {member.name!r}; restore it")
-                if member.isreg() and not member.issparse():
+                if member.islnk() or member.issym():
+                    yield Member(member.name, 0, LINK)
+                elif member.issparse():
+                    raise SourceError(f"expected plain files in {where}, {member.name!r} is sparse; pack it again")
+                elif member.isreg():
                     data = b""
                     if wanted(member.name) and member.size <= _SMALL_BYTES:
                         window.seek(member.offset_data)
@@ -61,14 +67,22 @@ def _check_end(window: Window, end: int, size: int, where: str) -> None:
         raise SourceError(
             f"expected a complete tar at {where}, it has no end mark after {end} of {size} bytes; restore it"
         )
+    while rest := window.read(_STRETCH_BYTES):
+        if any(rest):
+            raise SourceError(
+                f"expected nothing behind the end mark of {where} at byte {end}, found more; restore it if it is "
+                "damaged, or pack it again if it is several tars in one"
+            )
 
 
 def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> Iterator[tuple[Entry, bytes, str]]:
     """(entry, bytes, "") of each entry by its place, or no bytes and the fault of one that is too large."""
-    small = [entry for entry in entries if entry.num_bytes <= MAX_MEMBER_BYTES]
+    small = [entry for entry in entries if 0 <= entry.num_bytes <= MAX_MEMBER_BYTES]
     data = read_ranges(file, [(entry.offset, entry.num_bytes) for entry in small], ahead=ahead)
     for entry in entries:
-        if entry.num_bytes > MAX_MEMBER_BYTES:
+        if entry.num_bytes == LINK:
+            yield entry, b"", "no image: it is a link inside the archive"
+        elif entry.num_bytes > MAX_MEMBER_BYTES:
             yield entry, b"", f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
         else:
             yield entry, next(data), ""

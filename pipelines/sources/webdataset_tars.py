@@ -22,7 +22,7 @@ from pipelines.sources.base import (
     splits_of,
 )
 from pipelines.sources.files import list_files, open_source, place_of
-from pipelines.sources.tars import Member, members, read_members
+from pipelines.sources.tars import LINK, Member, members, read_members
 from vqvae_core.storage import Folder
 
 _IMAGES = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -70,20 +70,20 @@ class WebDatasetSource:
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
         entries = []
         with open_source(self._folder, part.name) as file:
-            for position, (key, sample) in enumerate(_samples(members(file, part.name, wanted=_is_label))):
-                name = f"{part.name}/{readable(key)}"
-                image = _image(sample)
-                entries.append(
-                    Entry(
-                        position=position,
-                        name=key,
-                        level=_level(sample),
-                        split=part.locator["split"] or split_by_fraction(name, self.validation_fraction),
-                        offset=image.offset if image else 0,
-                        num_bytes=image.num_bytes if image else -1,
+            for key, sample in _samples(members(file, part.name, wanted=_is_label)):
+                for stem, image in _images(sample):
+                    whole = f"{readable(part.name)}/{readable(key + stem)}"
+                    entries.append(
+                        Entry(
+                            position=len(entries),
+                            name=key + stem,
+                            level=_level(sample, stem),
+                            split=part.locator["split"] or split_by_fraction(whole, self.validation_fraction),
+                            offset=image.offset if image else 0,
+                            num_bytes=image.num_bytes if image else LINK,
+                        )
                     )
-                )
-        yield RunIndex(run=Run(name=part.name, locator={"file": part.name}), entries=entries)
+        yield RunIndex(run=Run(name=readable(part.name), locator={"file": part.name}), entries=entries)
 
     def labels(self, levels: set[str]) -> dict[str, int] | None:
         return number_by_name(levels)
@@ -93,7 +93,7 @@ class WebDatasetSource:
             found = [entry for entry in entries if entry.num_bytes >= 0]
             images = read_members(file, found, ahead=not self._folder.is_local)
             for entry in entries:
-                image, fault = b"", "no image: none among the members of its key"
+                image, fault = b"", "no image: none among the members of its key, or a link"
                 if entry.num_bytes >= 0:
                     _, image, fault = next(images)
                 facts = {"source": f"{run.name}/{readable(entry.name)}"}
@@ -108,7 +108,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _is_label(name: str) -> bool:
-    return _split_name(name)[1] in _LABELS
+    return _split_name(name)[1].rpartition(".")[2] in _LABELS
 
 
 def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
@@ -125,22 +125,31 @@ def _samples(found: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]]]
         yield key, sample
 
 
-def _image(sample: dict[str, Member]) -> Member | None:
-    """The member `key.jpg` and the like; else the first one like `key.left.jpg`."""
-    exact = (sample[extension] for extension in _IMAGES if extension in sample)
-    longer = (member for extension, member in sample.items() if extension.rpartition(".")[2] in _IMAGES)
-    return next(exact, None) or next(longer, None)
+def _images(sample: dict[str, Member]) -> list[tuple[str, Member | None]]:
+    """(what follows the key, member) of each image: `key.jpg` and the like; where there is none, all that are like
+    `key.0001.jpg`, each with its own name; where there is none either, the sample without an image."""
+    exact = [("", sample[extension]) for extension in _IMAGES if extension in sample]
+    longer = [
+        (f".{stem}", member)
+        for stem, dot, extension, member in ((*name.rpartition("."), member) for name, member in sample.items())
+        if dot and extension in _IMAGES
+    ]
+    return [*exact[:1]] or [*longer] or [("", None)]
 
 
-def _level(sample: dict[str, Member]) -> str | None:
+def _level(sample: dict[str, Member], stem: str) -> str | None:
     """The name of a sample's label, None where it has none that can be read."""
-    if "cls" in sample:
-        return sample["cls"].data.decode("utf-8", "replace").strip() or None
-    if "json" not in sample:
+    inner = f"{stem[1:]}." if stem else ""
+    label = sample.get(f"{inner}cls") or sample.get("cls")
+    if label is not None:
+        return label.data.decode("utf-8", "replace").strip() or None
+    label = sample.get(f"{inner}json") or sample.get("json")
+    if label is None:
         return None
     try:
-        facts = json.loads(sample["json"].data)
-    except ValueError:
+        facts = json.loads(label.data)
+    except (ValueError, RecursionError):
         return None
     values = [facts.get(name) for name in ("level", "label", "cls", "class")] if isinstance(facts, dict) else []
-    return next((str(value) for value in values if isinstance(value, str | int)), None)
+    found = next((str(value) for value in values if isinstance(value, str | int)), None)
+    return found.encode("utf-8", "replace").decode() if found is not None else None

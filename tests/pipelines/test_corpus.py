@@ -96,7 +96,7 @@ def test_odd_files(tmp_path: Path, kind: str) -> None:
     by_source = {sample.facts["source"].rpartition("/")[2]: sample for sample in samples(images)}
 
     def shown(name: str) -> str:
-        return name.split(".")[0] if kind == "webdataset" else name  # a WebDataset's key ends at the first dot
+        return name.rpartition(".")[0] if kind == "webdataset" else name
 
     for name, (_, fate) in files.items():
         assert (shown(name) in by_source) == (fate == KEPT), name

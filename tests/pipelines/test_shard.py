@@ -130,7 +130,8 @@ def fail(job: dict) -> dict:
 def test_an_empty_source(session: Session, tmp_path: Path) -> None:
     write_frames(tmp_path / "frames")
     (tmp_path / "frames" / "train.parquet").unlink()
+    source = RecordedFramesSource(path=str(tmp_path / "frames"), validation_fraction=0.999999)
     with pytest.raises(
         SourceError, match="expected images to train on, the source has 24 images and none in the train"
     ):
-        run(session, tmp_path / "root", RecordedFramesSource(path=str(tmp_path / "frames")), SMALL)
+        run(session, tmp_path / "root", source, SMALL)

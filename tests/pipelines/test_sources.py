@@ -374,6 +374,87 @@ def test_long_names_and_names_that_are_no_text(tmp_path: Path, layout: int) -> N
     json.dumps([item.facts for item in items]).encode()
 
 
+def test_a_webdataset_key_with_many_images(tmp_path: Path) -> None:
+    """frame.0000.jpg, frame.0001.jpg: one key for the library, an image each here. Not the mask beside a picture."""
+    files = [(f"frame.{n:04d}.jpg", bytes([n])) for n in range(5)]
+    files += [("frame.0003.cls", b"4"), ("z.png", b"z"), ("z.mask.png", b"m"), ("z.cls", b"1")]
+    (tmp_path / "x.tar").write_bytes(tar_of(files))
+    source = WebDatasetSource(path=str(tmp_path))
+    (found,) = indexed(source, tmp_path)
+    assert [(entry.name, entry.level) for entry in found.entries] == [
+        *((f"frame.{n:04d}", "4" if n == 3 else None) for n in range(5)), ("z", "1"),
+    ]  # fmt: skip
+    assert [item.image for item in read(source, found, tmp_path)] == [*(bytes([n]) for n in range(5)), b"z"]
+
+
+def test_a_tar_with_a_damaged_header_or_a_second_tar(tmp_path: Path) -> None:
+    good = tar_of([(f"{n}.png", b"x" * 100) for n in range(10)])
+    damaged = good[: 3 * 1024] + bytes(512) + good[3 * 1024 + 512 :]
+    for data in (damaged, good + good):
+        (tmp_path / "x.tar").write_bytes(data)
+        with pytest.raises(SourceError, match="expected nothing behind the end mark of x.tar at byte .*, found more"):
+            indexed(WebDatasetSource(path=str(tmp_path)), tmp_path)
+
+
+def test_links_in_a_tar_are_rejected_by_name(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        member = tarfile.TarInfo("n1_1.JPEG")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"abc"))
+        for name, kind in (("n1_2.JPEG", tarfile.LNKTYPE), ("n1_3.JPEG", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "n1_1.JPEG"
+            tar.addfile(member)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of([("n1.tar", inner.getvalue())]))
+    source = ImageNetSource(path=str(tmp_path))
+    items = read(source, indexed(source, tmp_path)[0], tmp_path)
+    assert [item.image for item in items] == [b"abc", b"", b""]
+    assert [item.fault.split(":")[0] for item in items] == ["", "no image", "no image"]
+
+
+def test_a_store_that_fails_rejects_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_class_folders(tmp_path)
+    source = ClassFoldersSource(path=str(tmp_path))
+    found = indexed(source, tmp_path)[0]
+    (tmp_path / "cat" / found.entries[0].name).unlink()
+    assert read(source, found, tmp_path)[0].fault.startswith("cannot be read: ")
+
+    def fail(self, offset: int, num_bytes: int) -> bytes:
+        raise OSError("SLOW_DOWN")
+
+    monkeypatch.setattr("pipelines.sources.files.SourceFile.read_at", fail)
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        read(source, found, tmp_path)
+
+
+def test_a_stray_file_beside_the_splits(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, splits=("train", "val"))
+    (tmp_path / "cover.png").write_bytes(b"x")
+    found = indexed(ClassFoldersSource(path=str(tmp_path)), tmp_path)
+    assert levels(found) == {"cat", "dog"}
+    assert (count(found, "validation"), count(found)) == (12, 25)
+
+
+def test_a_train_folder_alone_and_a_class_named_train(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "a", splits=("train",), num_images=30)
+    found = indexed(ClassFoldersSource(path=str(tmp_path / "a"), validation_fraction=0.3), tmp_path)
+    assert levels(found) == {"cat", "dog"}
+    assert 5 < count(found, "validation") < 30
+    for name in ("car", "train", "valley"):
+        (tmp_path / "b" / name).mkdir(parents=True)
+        (tmp_path / "b" / name / "_DSC1.JPG").write_bytes(b"x")
+    assert levels(indexed(ClassFoldersSource(path=str(tmp_path / "b")), tmp_path)) == {"car", "train", "valley"}
+
+
+def test_labels_that_are_hostile(tmp_path: Path) -> None:
+    files = [("a.png", b"x"), ("a.json", b"[" * 500_000), ("b.png", b"x"), ("b.json", b'{"label": "\\ud800"}')]
+    (tmp_path / "x.tar").write_bytes(tar_of(files))
+    (found,) = indexed(WebDatasetSource(path=str(tmp_path)), tmp_path)
+    assert [entry.level for entry in found.entries] == [None, "?"]
+
+
 @pytest.mark.slow
 def test_an_episode_is_a_function_of_its_seed(tmp_path: Path) -> None:
     source = ViZDoomSource(maps=("E1M3",), train_episodes_per_map=2, frames_per_episode=12)

@@ -6,7 +6,16 @@ import torch
 from PIL import Image
 
 from vqvae_core import images
-from vqvae_core.images import ImageError, decode, encode, grid, images_to_pixels, pixels_to_images, resize_and_crop
+from vqvae_core.images import (
+    FILE_FORMATS,
+    ImageError,
+    decode,
+    encode,
+    grid,
+    images_to_pixels,
+    pixels_to_images,
+    resize_and_crop,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
@@ -81,3 +90,12 @@ def test_grid() -> None:
     assert sheet.shape == (17, 17, 3)
     assert (sheet[9:, 9:] == 255).all()
     assert (sheet[:8, :8] == 0).all()
+
+
+@pytest.mark.parametrize("kind", FILE_FORMATS)
+def test_every_format_is_read(kind: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, kind)
+    assert decode(buffer.getvalue()).shape == PIXELS.shape
+    with pytest.raises(ImageError, match="cannot be decoded: UnidentifiedImageError"):
+        decode(b"text")
