@@ -32,7 +32,7 @@ from vqvae_core.storage import Folder
 from vqvae_core.train import best_precision
 from vqvae_core.vqvae import VQVAE
 
-SIZE, PER_SHARD, BATCH, PROCESSES = 84, 1024, 64, 2
+SIZE, PER_SHARD, BATCH, PROCESSES = 84, 1024, 16, 2
 
 
 def frames(count: int) -> list[bytes]:

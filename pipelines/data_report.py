@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqvae_core.artifacts import hash_bytes
 from vqvae_core.images import encode, grid
 
 REPORT = "data.json"
@@ -27,8 +26,7 @@ _SHEET_IMAGES, _SHEET_COLUMNS = 64, 16
 class Origin:
     """What one image was before it was resized, and the sums of its pixels after.
 
-    kind: format and mode of its file. hash64: of its bytes in the shard. sums, squares: of each channel's pixels in
-    [0, 255].
+    kind: format and mode of its file. hash64: of its bytes. sums, squares: of each channel's pixels in [0, 255].
     """
 
     width: int
@@ -39,7 +37,7 @@ class Origin:
     squares: list[int]
 
     @classmethod
-    def of(cls, width: int, height: int, kind: str, picture: Image.Image, data: bytes) -> "Origin":
+    def of(cls, width: int, height: int, kind: str, sha256: str, picture: Image.Image) -> "Origin":
         # By the histogram, which is ten times faster than summing the pixels.
         counts = np.array(picture.histogram(), np.int64).reshape(3, 256)
         values = np.arange(256)
@@ -47,7 +45,7 @@ class Origin:
             width,
             height,
             kind,
-            int(hash_bytes(data)[:16], 16),
+            int(sha256[:16], 16),
             (counts @ values).tolist(),
             (counts @ values**2).tolist(),
         )
@@ -112,7 +110,7 @@ class DataReport:
 
     @property
     def exact_duplicates(self) -> int | None:
-        """Images that are the same as another one before, once resized; None where there were too many to compare."""
+        """Images whose file has the same bytes as another one's before; None where there were too many to compare."""
         if self._num_hashes > MAX_HASHES:
             return None
         hashes = np.sort(np.concatenate([*self._hashes, np.zeros(0, np.uint64)]))

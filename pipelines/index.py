@@ -327,15 +327,16 @@ class SourceIndex:
         run = np.repeat(runs.astype(np.int32), counts)
         position = (np.arange(len(run)) - starts).astype(np.int32)
         table = table.append_column("run", pa.array(run)).append_column("position", pa.array(position))
-        return Entries(table.append_column("renamed", pa.array(self._is_renamed(run, position))))
+        renamed = self._is_renamed(runs, np.cumsum(counts) - counts, len(run))
+        return Entries(table.append_column("renamed", pa.array(renamed)))
 
-    def _is_renamed(self, run: np.ndarray, position: np.ndarray) -> np.ndarray:
+    def _is_renamed(self, runs: np.ndarray, starts: np.ndarray, num_images: int) -> np.ndarray:
+        """bool (num_images,) for the images of some runs (ascending), which start at these places."""
         if self.artifact.facts["renamed"] == sum(self.artifact.facts["images"].values()):
-            return np.ones(len(run), bool)
+            return np.ones(num_images, bool)
         table = pq.read_table(io.BytesIO(self.artifact.read(RENAMED)))
-        found = np.zeros(len(run), bool)
-        for number, place in zip(table["run"].to_pylist(), table["position"].to_pylist(), strict=True):
-            first = np.searchsorted(run, number)
-            if first < len(run) and run[first] == number:
-                found[first + place] = True
+        mine = np.isin(table["run"].to_numpy(), runs)
+        run, position = table["run"].to_numpy()[mine], table["position"].to_numpy()[mine]
+        found = np.zeros(num_images, bool)
+        found[starts[np.searchsorted(runs, run)] + position] = True
         return found

@@ -85,7 +85,7 @@ def _data(shards: Artifact) -> str:
          f"train + validation, out of {facts['source_images']:,} taken of the source"),
         ("Rejected", f"{sum(report['rejects'].values()):,}", rejects),
         ("Exact duplicates", "not counted" if duplicates is None else f"{duplicates:,}",
-         "the same as another one before, once resized; they are kept"),
+         "files with the same bytes as another one before; they are kept"),
         ("Source size", " x ".join("{} to {}".format(*report[name]) for name in ("width", "height")),
          f"width x height in pixels; shorter side {sides}; {report['enlarged']:,} enlarged"),
         ("Source files", f"{len(report['kinds'])} kinds", kinds),

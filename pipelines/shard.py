@@ -7,11 +7,11 @@ engines), a first pass reads each run once and stages its small images, sorted b
 import dataclasses
 import functools
 import io
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from pipelines.progress import Progress
 from pipelines.sources import AnySource
 from pipelines.sources.base import Entry, Run, SourceError, SourceItem, readable
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, check_space, fan_out, read_sidecar, write_sidecar
-from vqvae_core.artifacts import Artifact, FileEntry, hash_bytes
+from vqvae_core.artifacts import Artifact, FileEntry, FileTable, hash_bytes
 from vqvae_core.checkpoint import config_from_json
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import KIND, ImageShards, Sample, read_tar, write_tar
@@ -108,20 +108,21 @@ class _Build:
         num_missing = sum(shard.count for shard in missing)
         self._check_space(num_missing)
         with Progress("shard", plan.num_images, "images", done=plan.num_images - num_missing) as progress:
-            for number, shards in groupby(missing, key=lambda shard: shard.group):
+            for number, shards in itertools.groupby(missing, key=lambda shard: shard.group):
                 self._make_group(number, list(shards), progress)
         space.folder.delete_folder(STAGING)
         return self._collect(names)
 
     def _check_space(self, num_images: int) -> None:
-        passes = 1 if self._source.random_access else 2  # staged images and shards lie there at the same time
-        image_bytes = self._config.image_size**2 * 3 // 2  # half of the raw pixels: frames take less, noise more
-        check_space(self._space.folder, passes * num_images * image_bytes, f"{num_images} images in shards")
+        # Half of the raw pixels without loss, a quarter as JPEG: frames take less, noise more.
+        image_bytes = self._config.image_size**2 * 3 // (4 if self._config.image_format == "jpg" else 2)
+        staged = 0 if self._source.random_access else min(num_images, self._config.mix_images)  # beside the shards
+        check_space(self._space.folder, (num_images + staged) * image_bytes, f"{num_images} images in shards")
 
     def _make_group(self, number: int, missing: list[PlannedShard], progress: Progress) -> None:
         group = _Group.load(self._index, self._plan, number)
         if self._source.random_access:
-            jobs = (self._shard_job(shard, reads=self._reads(group.of(shard))) for shard in missing)
+            jobs = (self._shard_job(shard, reads=self._reads(group, group.of(shard))) for shard in missing)
         else:
             staged = self._stage(group, missing, progress)
             jobs = (
@@ -146,14 +147,16 @@ class _Build:
     def _shard_job(self, shard: PlannedShard, **how: Any) -> dict[str, Any]:
         return {"spec": self._spec, "name": shard.name, "count": shard.count, **how}
 
-    def _reads(self, entries: Entries) -> list[dict[str, Any]]:
+    def _reads(self, group: "_Group", entries: Entries) -> list[dict[str, Any]]:
         """What a shard takes of each run: rows of (place, position, name, level, offset, num_bytes, renamed)."""
         by_run: dict[int, list[list[Any]]] = defaultdict(list)
         for place, row in enumerate(entries.table.to_pylist()):
             by_run[row["run"]].append(_values(place, row))
-        runs = self._index.runs(by_run)
         return [
-            {"run": dataclasses.asdict(runs[number]), "entries": sorted(by_run[number], key=lambda values: values[1])}
+            {
+                "run": dataclasses.asdict(group.runs[number]),
+                "entries": sorted(by_run[number], key=lambda values: values[1]),
+            }
             for number in sorted(by_run)
         ]
 
@@ -186,15 +189,13 @@ class _Build:
             strict=True,
         ):  # fmt: skip
             by_run[row["run"]].append([*_values(place, row), shards[goal].name])
-        runs = self._index.runs(by_run)
-        return [{"run": dataclasses.asdict(runs[number]), "entries": by_run[number]} for number in sorted(by_run)]
+        return [{"run": dataclasses.asdict(group.runs[number]), "entries": by_run[number]} for number in sorted(by_run)]
 
     def _check(self, rejects: list[list[str]]) -> None:
         """An early stop where too much is rejected."""
         self._rejected += rejects
         if len(self._rejected) > self._limit:
-            shown = sorted(tuple(reject[-4:]) for reject in self._rejected)[:10]
-            first = "; ".join(f"{source} {key} {reason}" for source, key, reason, _ in shown)
+            first = _first([reject[-4:] for reject in self._rejected])
             raise RejectedError(
                 f"expected at most {int(self._limit)} rejected images of {self._plan.num_images} "
                 f"(--shard.max-rejected-fraction), found {len(self._rejected)} so far: {first}"
@@ -202,16 +203,11 @@ class _Build:
 
     def _collect(self, names: list[str]) -> Made:
         """The files and facts, out of all sidecars: those of an earlier run as well."""
-        files, rejects, report = [], [], DataReport()
+        rejects: list[list[str]] = []
+        report = DataReport()
+        files = FileTable.of(self._gather(sorted(names), report, rejects))
         self._rejected = []
-        for record in self._space.records(sorted(names)):
-            split = record["name"].split("-")[0]
-            self._check(record["rejects"])
-            rejects += [dict(zip(_REJECT.names, reject, strict=True)) for reject in record["rejects"]]
-            report.rejects.update(_kind(reject[2]) for reject in record["rejects"])
-            report.add(split, record["images"])
-            if record["file"]["rows"]:
-                files.append(FileEntry(**record["file"]))
+        self._check(rejects)
         splits = dict(_splits(files))
         if not splits["train"]["images"]:
             raise SourceError(f"expected images to train on, all {len(rejects)} were rejected: {_first(rejects)}")
@@ -225,17 +221,26 @@ class _Build:
             **{name: summary[name] for name in ("rejects", "exact_duplicates", "mean", "deviation")},
         }
         extra = [
-            (REJECTS, to_parquet(pa.Table.from_pylist(rejects, schema=_REJECT)), len(rejects)),
+            (REJECTS, to_parquet(_reject_table(rejects)), len(rejects)),
             (REPORT, (json.dumps({**summary, "splits": splits}, indent=1) + "\n").encode(), 0),
             (SHEET, self._sheet(files), 0),
         ]
-        for name, data, rows in extra:
+        for name, data, _ in extra:
             self._space.folder.write(name, data)
-            files.append(FileEntry.of(name, data, rows=rows))
-        return Made(files, facts, self._clock.seconds)
+        more = [FileEntry.of(name, data, rows=rows) for name, data, rows in extra]
+        return Made(itertools.chain(files.values(), more), facts, self._clock.seconds)
 
-    def _sheet(self, files: list[FileEntry]) -> bytes:
-        first = next(file for file in files if file.path.startswith(SPLITS[0]))
+    def _gather(self, names: list[str], report: DataReport, rejects: list[list[str]]) -> Iterator[FileEntry]:
+        """The files of the shards, one by one; what else their sidecars say is added to the report and the rejects."""
+        for record in self._space.records(names):
+            rejects += record["rejects"]
+            report.rejects.update(_kind(reject[2]) for reject in record["rejects"])
+            report.add(record["name"].split("-")[0], record["images"])
+            if record["file"]["rows"]:
+                yield FileEntry(**record["file"])
+
+    def _sheet(self, files: FileTable) -> bytes:
+        first = next(file for file in files.values() if file.path.startswith(SPLITS[0]))
         samples = read_tar(self._space.folder.read(first.path), first.path)
         return contact_sheet([sample.pixels() for sample, _ in zip(samples, range(64), strict=False)])
 
@@ -250,14 +255,19 @@ def _kind(reason: str) -> str:
     return reason.split(":")[0]
 
 
-def _first(rejects: list[dict[str, Any]]) -> str:
-    return "; ".join(f"{reject['source']} {reject['key']} {reject['reason']}" for reject in rejects[:10])
+def _first(rejects: list[list[str]]) -> str:
+    return "; ".join(f"{source} {key} {reason}" for source, key, reason, _ in sorted(rejects)[:10])
 
 
-def _splits(files: list[FileEntry]) -> Iterator[tuple[str, dict[str, int]]]:
+def _reject_table(rejects: list[list[str]]) -> pa.Table:
+    columns = list(zip(*rejects, strict=True)) or [()] * len(_REJECT)
+    return pa.table([pa.array(column, pa.string()) for column in columns], schema=_REJECT)
+
+
+def _splits(files: FileTable) -> Iterator[tuple[str, dict[str, int]]]:
     for split in SPLITS:
-        shards = [file for file in files if file.path.startswith(f"{split}-")]
-        yield split, {"shards": len(shards), "images": sum(file.rows for file in shards)}
+        rows = [file.rows for file in files.values() if file.path.startswith(f"{split}-")]
+        yield split, {"shards": len(rows), "images": sum(rows)}
 
 
 @dataclass(frozen=True)
@@ -270,6 +280,7 @@ class _Group:
     shard: np.ndarray
     place: np.ndarray
     order: tuple[np.ndarray, np.ndarray]
+    runs: dict[int, Run]
 
     @classmethod
     def load(cls, index: SourceIndex, plan: Plan, number: int) -> "_Group":
@@ -284,7 +295,7 @@ class _Group:
             place[images] = numbers % plan.images_per_shard
             first += -(-len(images) // plan.images_per_shard)
             order.append(images)
-        return cls(number, entries, shard, place, (order[0], order[1]))
+        return cls(number, entries, shard, place, (order[0], order[1]), index.runs(plan.runs_of(number)))
 
     def of(self, shard: PlannedShard) -> Entries:
         """The images of a shard, in its order."""
@@ -451,6 +462,7 @@ def prepare(
     label_map: dict[str, int] | None,
 ) -> Prepared | Reject:
     """An item at the recipe's size, or the record of its rejection."""
+    sha256 = hash_bytes(item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image)
     try:
         if item.fault:
             raise ImageError(item.fault)
@@ -468,13 +480,12 @@ def prepare(
         small = resize_and_crop(picture.image, size)
         data = encode(small, config.image_format)
     except ImageError as error:
-        raw = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
-        return Reject(item.facts.get("source") or run, key, str(error), hash_bytes(raw))
+        return Reject(item.facts.get("source") or run, key, str(error), sha256)
     facts = {**item.facts}
     if level is not None:
         facts["level"] = level
         facts["label"] = label_map[level] if label_map else None
-    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", small, data)
+    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", sha256, small)
     return Prepared(Sample(key=key, image_format=config.image_format, data=data, facts=facts), origin)
 
 

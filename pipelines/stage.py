@@ -32,7 +32,7 @@ class Made:
     """What a stage's work leaves: its files, facts for the manifest, and the seconds in which work was done (without
     the start of Ray and its workers)."""
 
-    files: list[FileEntry]
+    files: Iterable[FileEntry]
     facts: dict[str, Any]
     work_seconds: float
 

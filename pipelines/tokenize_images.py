@@ -74,7 +74,8 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
 
 def read_shard(job: dict[str, Any]) -> dict[str, Any]:
     """Read and decode one image shard: one row, with all its pixels."""
-    row = {"job": json.dumps(job), "pixels": b"", "shape": "[]", "keys": "[]", "labels": "[]", "error": ""}
+    empty = {"pixels": b"", "shape": "[]", "keys": "[]", "labels": "[]", "error": ""}
+    row = {"job": json.dumps(job), "begin": time.time(), **empty}
     try:
         return row | _read(job)
     except InputError as error:
@@ -114,7 +115,7 @@ class Encoder:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         job = json.loads(row["job"])
-        nothing = {"name": job["name"], "rows": 0, "begin": 0.0, "end": 0.0}
+        nothing = {"name": job["name"], "rows": 0, "begin": row["begin"], "end": 0.0}
         if row["error"]:
             return nothing | {"error": row["error"]}
         try:
@@ -124,7 +125,6 @@ class Encoder:
 
     def _write(self, row: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         model = self._load(job)
-        begin = time.time()
         pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(json.loads(row["shape"]))
         tokens = torch.cat(list(self._encode(model, pixels))).numpy()[..., None]
         shape = TokenShape(
@@ -138,7 +138,7 @@ class Encoder:
         folder.write(f"{name}.parquet", data)
         file = FileEntry.of(f"{name}.parquet", data, rows=len(tokens))
         write_sidecar(folder, job["work"], name, file)
-        return {"rows": len(tokens), "begin": begin}
+        return {"rows": len(tokens)}
 
     @torch.no_grad()
     def _encode(self, model: VQVAE, pixels: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -51,7 +51,8 @@ def verify(session: Session, artifact: Artifact) -> list[str]:
             moved = [f"these are the contents of {twin}"] if result["faults"] and twin not in (None, path) else []
             if found := [*result["faults"], *moved]:
                 faults.append(f"{path}: {'; '.join(found)}")
-            hashes.append(np.frombuffer(base64.b64decode(result["keys"]), "<u8"))
+            if sum(map(len, hashes)) <= MAX_HASHES:
+                hashes.append(np.frombuffer(base64.b64decode(result["keys"]), "<u8"))
             progress.advance_to(progress.done + 1)
     return sorted(faults) + list(_repeated_keys(hashes))
 
@@ -169,6 +170,7 @@ def _say(shape: dict[str, int]) -> str:
 
 def _repeated_keys(hashes: list[np.ndarray]) -> Iterator[str]:
     if sum(map(len, hashes)) > MAX_HASHES:
+        print(f"more than {MAX_HASHES} samples: their keys were not compared", flush=True)
         return
     keys = np.sort(np.concatenate([*hashes, np.zeros(0, np.uint64)]))
     repeated = int((keys[1:] == keys[:-1]).sum())

@@ -123,6 +123,8 @@ def number_by_name(levels: set[str]) -> dict[str, int] | None:
         return None
     if all(is_label(level) for level in levels):
         return {str(label): label for label in range(max(map(int, levels)) + 1)}
+    if all(level.isascii() and level.isdecimal() for level in levels):
+        return {level: label for label, level in enumerate(sorted(levels, key=lambda level: (int(level), level)))}
     return {level: label for label, level in enumerate(sorted(levels))}
 
 
