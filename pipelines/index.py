@@ -22,6 +22,7 @@ from pipelines.progress import Progress
 from pipelines.sources import SOURCES, AnySource
 from pipelines.sources.base import Part, Run, RunIndex
 from pipelines.sources.class_folders import EXTENSIONS
+from pipelines.sources.files import forget_files
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, fan_out, read_sidecar, write_sidecar
 from vqvae_core.artifacts import Artifact, FileEntry, hash_bytes
 from vqvae_core.storage import Folder
@@ -64,6 +65,7 @@ _RENAMED = pa.schema([("run", pa.int32()), ("position", pa.int32())])
 
 def make_index(pipeline: Pipeline, source: AnySource) -> "SourceIndex":
     """The index of a source."""
+    forget_files()
     source.check()
     recipe = {**recipe_of(source), **source.identity()}
     artifact = pipeline.make(
@@ -144,6 +146,7 @@ def index_parts(job: dict[str, Any]) -> dict[str, Any]:
     done = read_sidecar(folder, job["work"], name)
     if done is not None:
         return done
+    forget_files()
     source, spool = source_from_json(job["source"]), folder / SPOOL
     runs: list[dict[str, Any]] = []
     levels: set[str] = set()

@@ -34,6 +34,7 @@ from pipelines.plan import SPLITS, Plan, PlannedShard, make_plan
 from pipelines.progress import Progress
 from pipelines.sources import AnySource
 from pipelines.sources.base import Entry, Run, SourceError, SourceItem, readable
+from pipelines.sources.files import forget_files
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, check_space, fan_out, read_sidecar, write_sidecar
 from vqvae_core.artifacts import Artifact, FileEntry, FileTable, hash_bytes
 from vqvae_core.checkpoint import config_from_json
@@ -419,6 +420,7 @@ class Reject:
 
 def _prepared(spec: dict[str, Any], reads: list[dict[str, Any]]) -> Iterator[tuple[list[Any], Prepared | Reject]]:
     """The images of a job's reads, each with its row of the job."""
+    forget_files()
     config, source = config_from_json(ShardConfig, spec["config"]), source_from_json(spec["source"])
     label_map, spool = _label_map(spec["spool"]), Folder(spec["spool"])
     for read in reads:

@@ -23,6 +23,9 @@ from vqvae_core.storage import Folder, StorageError, concurrently
 
 _ENCODERS_PER_NODE = 8
 _ENCODER_DEATHS = 3
+_WORKER_DEATHS = (
+    10  # of one task, lost nodes among them; without a limit an image that kills its worker would do so for ever
+)
 _JOBS_PER_TASK = 8
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
 
@@ -224,7 +227,9 @@ def _fan_out(
     _quiet()
     bundles = list(_bundles(jobs, session.num_cpus()))
     rows = [{"jobs": json.dumps(bundle)} for bundle in bundles]
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # max_retries has no other way in, yet
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task), max_retries=_WORKER_DEATHS)
     try:
         for row in data.iter_rows():
             for result in json.loads(row["results"]):
@@ -232,6 +237,11 @@ def _fan_out(
                     raise InputError(result["error"])
                 yield result
     except RayError as error:
+        if _is_death(error):
+            raise InputError(
+                f"a worker died {_WORKER_DEATHS + 1} times in {task.__name__}: is memory short, or does one image kill "
+                "it? What is finished is kept, the same command goes on from here"
+            ) from error
         raise root_cause(error) from error
 
 

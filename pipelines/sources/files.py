@@ -96,6 +96,11 @@ def _opened(folder: Folder, name: str) -> pa.NativeFile:
     return retry(lambda: folder.open_unchecked(name))
 
 
+def forget_files() -> None:
+    """Open files of a source anew from here on: it may have changed since an earlier job."""
+    _opened.cache_clear()
+
+
 class SourceFile(io.RawIOBase):
     """A file that is read at random, local or on S3. On S3 a read that fails or comes short is tried again."""
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.session import Session
+from pipelines import stage
 from pipelines.config import Resources, ShardConfig
 from pipelines.shard import Prepared, Reject, RejectedError, prepare, shard
 from pipelines.sources import AnySource, ImageNetSource, RecordedFramesSource
@@ -135,3 +136,18 @@ def test_an_empty_source(session: Session, tmp_path: Path) -> None:
         SourceError, match="expected images to train on, the source has 24 images and none in the train"
     ):
         run(session, tmp_path / "root", source, SMALL)
+
+
+def die(job: dict) -> dict:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_its_worker_ends(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "_WORKER_DEATHS", 1)
+    with pytest.raises(InputError, match="a worker died 2 times in die: is memory short, .* the same command goes on"):
+        list(fan_out(session, die, [{}]))
