@@ -470,6 +470,8 @@ def prepare(
             raise ImageError(item.fault)
         if label_map and level is None:
             raise ImageError("no label: other images of the source have one")
+        if level is not None and label_map and level not in label_map:
+            raise ImageError(f"label out of range: {level!r} among whole numbers")
         picture = _picture(item.image)
         width, height = picture.image.size
         size = config.image_size

@@ -118,11 +118,13 @@ class Source(Protocol):
 
 def number_by_name(levels: set[str]) -> dict[str, int] | None:
     """Labels by the order of names: what most sources use. Names that are whole numbers keep their value; numbers that
-    do not occur below the largest one are labels too."""
+    do not occur below the largest one are labels too. An odd name among many numbers is no label: images that have it
+    are rejected, where renumbering all others would hide it."""
     if not levels:
         return None
-    if all(is_label(level) for level in levels):
-        return {str(label): label for label in range(max(map(int, levels)) + 1)}
+    numbers = {level for level in levels if is_label(level)}
+    if len(levels - numbers) <= len(numbers) // 10:
+        return {str(label): label for label in range(max(map(int, numbers)) + 1)}
     if all(level.isascii() and level.isdecimal() for level in levels):
         return {level: label for label, level in enumerate(sorted(levels, key=lambda level: (int(level), level)))}
     return {level: label for label, level in enumerate(sorted(levels))}

@@ -208,6 +208,17 @@ def test_an_image_without_label_among_labelled_ones(tmp_path: Path) -> None:
     assert images.artifact.facts["rejects"] == {"no label": 1}
 
 
+def test_an_odd_label_among_numbers(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    for split in ("train", "val"):
+        files = [(f"{n}.{kind}", data) for n in range(20) for kind, data in (("png", GOOD), ("cls", str(n).encode()))]
+        files += [("x.png", GOOD), ("x.cls", b"cat")] if split == "train" else []
+        (tmp_path / "s" / f"{split}.tar").write_bytes(tar_of(files))
+    images = make(tmp_path / "root", "webdataset", tmp_path / "s")
+    assert images.artifact.facts["rejects"] == {"label out of range": 1}
+    assert {sample.label for sample in samples(images)} == set(range(20))
+
+
 def test_images_without_any_label(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     for number in range(30):

@@ -280,6 +280,7 @@ def test_numbers_keep_their_value_and_names_are_in_order() -> None:
     assert number_by_name({"007", "1"}) == {"1": 0, "007": 1}
     assert number_by_name({"123456789", "5"}) == {"5": 0, "123456789": 1}
     assert number_by_name(set()) is None
+    assert number_by_name({*map(str, range(12)), "-1"}) == {str(n): n for n in range(12)}
 
 
 @pytest.mark.parametrize("kind", [name for name in SOURCES if name not in ("vizdoom", "dmlab")])
