@@ -183,12 +183,12 @@ class WorkerKiller:
 
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_killed_driver_comes_to_the_same_bytes(session: Session, whole, tmp_path: Path, kind: str) -> None:
-    root = tmp_path / "root"
+    expected, root = whole(kind).artifact, tmp_path / "root"
     kill_driver(Folder.of(root), kind, str(whole.place / kind), tmp_path / "log")
     assert not list(root.glob("shard-*/manifest.json")), "it was done before it was killed"
     finished = {path: path.stat().st_mtime_ns for path in root.glob("shard-*/sidecars/*.json")}
     made = make(session, root, source_of(kind, whole.place / kind))
-    assert made.artifact.files == whole(kind).artifact.files
+    assert made.artifact.files == expected.files
     assert {path: path.stat().st_mtime_ns for path in finished} == finished, "a finished shard was made again"
     assert not list(root.rglob(".*.tmp"))
 
