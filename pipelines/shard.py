@@ -73,7 +73,19 @@ def shard(pipeline: Pipeline, source: AnySource, config: ShardConfig) -> ImageSh
         inputs={"index": index.artifact},
         build=lambda space, run: _Build(pipeline, source, config, index, space).made(),
     )
+    _check_reused(artifact, config.max_rejected_fraction)
     return ImageShards(artifact)
+
+
+def _check_reused(artifact: Artifact, max_rejected_fraction: float) -> None:
+    """The limit is no part of the recipe, so shards that were made under a wider one are found again."""
+    rejected, num_images = sum(artifact.facts["rejects"].values()), artifact.facts["source_images"]
+    if rejected > max_rejected_fraction * num_images:
+        raise RejectedError(
+            f"expected at most {int(max_rejected_fraction * num_images)} rejected images of {num_images} "
+            f"(--shard.max-rejected-fraction), found {rejected} in {artifact.folder.uri}, which was made with a wider "
+            f"limit: see {artifact.folder.path(REJECTS)}"
+        )
 
 
 class _Build:
@@ -125,7 +137,7 @@ class _Build:
         if self._source.random_access:
             jobs = (self._shard_job(shard, reads=self._reads(group, group.of(shard))) for shard in missing)
         else:
-            staged = self._stage(group, missing, progress)
+            staged = self._stage(group)
             jobs = (
                 self._shard_job(
                     shard,
@@ -161,7 +173,7 @@ class _Build:
             for number in sorted(by_run)
         ]
 
-    def _stage(self, group: "_Group", missing: list[PlannedShard], progress: Progress) -> list[dict[str, Any]]:
+    def _stage(self, group: "_Group") -> list[dict[str, Any]]:
         """The first pass over a group: the records of its staged files, in order."""
         shards = list(self._plan.shards(group.number))
         batches = group.batches(shards)

@@ -167,6 +167,17 @@ def splits_of(names: Sequence[str]) -> dict[str, Split] | None:
     }
 
 
+def parts_of(files: Sequence[tuple[str, int]]) -> list[Part]:
+    """A part for each file, with the split that its name gives. Names like _metadata are left out."""
+    names = [name for name, _ in files if not name.rpartition("/")[2].startswith("_")]
+    given = splits_of(names)
+    return [
+        Part(name=name, locator={"split": given[name] if given else None})
+        for name in names
+        if given is None or name in given
+    ]
+
+
 def split_by_fraction(name: str, validation_fraction: float, seed: int = 0) -> Split:
     return "validation" if fraction_of(name, seed) < validation_fraction else "train"
 

@@ -101,24 +101,11 @@ def forget_files() -> None:
     _opened.cache_clear()
 
 
-class SourceFile(io.RawIOBase):
-    """A file that is read at random, local or on S3. On S3 a read that fails or comes short is tried again."""
+class _Positioned(io.RawIOBase):
+    """A readable stretch of `_size` bytes with a position."""
 
-    def __init__(self, folder: Folder, name: str) -> None:
-        super().__init__()
-        self.place = f"{folder.uri}/{name}"
-        self._file: pa.NativeFile | None = None
-        self._local = -1
-        self._position = 0
-        if folder.is_local:
-            self._local = os.open(os.fsencode(f"{folder.uri}/{name}"), os.O_RDONLY)  # names that are no UTF-8 too
-            self._size = os.fstat(self._local).st_size
-        else:
-            file = _opened(folder, name)
-            self._file, self._size = file, file.size()
-
-    def size(self) -> int:
-        return self._size
+    _size: int
+    _position: int = 0
 
     def readable(self) -> bool:
         return True
@@ -133,6 +120,25 @@ class SourceFile(io.RawIOBase):
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
         self._position = max(0, base + offset)
         return self._position
+
+
+class SourceFile(_Positioned):
+    """A file that is read at random, local or on S3. On S3 a read that fails or comes short is tried again."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        super().__init__()
+        self.place = f"{folder.uri}/{name}"
+        self._file: pa.NativeFile | None = None
+        self._local = -1
+        if folder.is_local:
+            self._local = os.open(os.fsencode(f"{folder.uri}/{name}"), os.O_RDONLY)  # names that are no UTF-8 too
+            self._size = os.fstat(self._local).st_size
+        else:
+            file = _opened(folder, name)
+            self._file, self._size = file, file.size()
+
+    def size(self) -> int:
+        return self._size
 
     def read(self, size: int = -1) -> bytes:
         stop = self._size if size is None or size < 0 else min(self._size, self._position + size)
@@ -172,28 +178,13 @@ class SourceFile(io.RawIOBase):
         super().close()
 
 
-class Window(io.RawIOBase):
+class Window(_Positioned):
     """A stretch of a file as a file of its own, read in blocks, so that a header and what follows are one request."""
 
     def __init__(self, file: SourceFile, start: int, size: int) -> None:
         super().__init__()
         self._file, self._start, self._size = file, start, size
-        self._position = 0
         self._block, self._block_start = b"", 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._size - self._position)

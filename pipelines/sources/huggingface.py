@@ -17,11 +17,12 @@ from pipelines.sources.base import (
     SourceItem,
     check_fraction,
     number_by_name,
+    parts_of,
     readable,
     split_by_fraction,
 )
 from pipelines.sources.files import list_files, place_of
-from pipelines.sources.parquet import image_column, images_in, open_parquet, parts_of, read_group, split_of
+from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group
 from vqvae_core.storage import Folder
 
 _IMAGES = ("image", "img")
@@ -74,7 +75,7 @@ class HuggingFaceSource:
             entries = []
             for position, level in enumerate(levels):
                 name = f"{stem}-{row + position:08d}"
-                split = split_of(part) or split_by_fraction(name, self.validation_fraction)
+                split = part.locator["split"] or split_by_fraction(name, self.validation_fraction)
                 # Where a label is missing or out of range, `read` finds it again and says so.
                 entries.append(Entry(position=position, name=name, level=level, split=split))
             row += count

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources.base import Part, SourceError, Split, splits_of
+from pipelines.sources.base import SourceError
 from pipelines.sources.files import SourceFile, open_source
 from vqvae_core.storage import Folder
 
@@ -56,16 +56,3 @@ def images_in(table: pa.Table, column: str) -> Iterator[tuple[bytes, str | None]
     for image in table[column]:
         value = image.as_py() or {}
         yield value.get("bytes") or b"", value.get("path")
-
-
-def parts_of(files: Sequence[tuple[str, int]]) -> list[Part]:
-    """One for each file, with the split that its name gives."""
-    files = [entry for entry in files if not entry[0].rpartition("/")[2].startswith("_")]  # _metadata and the like
-    given = splits_of([name for name, _ in files])
-    names = [name for name, _ in files]
-    return [Part(name=name, locator={"split": given[name] if given else None}) for name in names
-            if given is None or name in given]  # fmt: skip
-
-
-def split_of(part: Part) -> Split | None:
-    return part.locator["split"]

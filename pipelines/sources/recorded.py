@@ -16,12 +16,13 @@ from pipelines.sources.base import (
     SourceItem,
     check_fraction,
     number_by_name,
+    parts_of,
     readable,
     relative,
     split_by_fraction,
 )
 from pipelines.sources.files import list_files, place_of
-from pipelines.sources.parquet import image_column, images_in, open_parquet, parts_of, read_group, split_of
+from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group
 from vqvae_core.storage import Folder
 
 _FRAME = ("level", "episode", "step")
@@ -84,7 +85,7 @@ class RecordedFramesSource:
             columns = (table[column].to_pylist() for column in _FRAME)
             entries = []
             for position, (level, episode, step) in enumerate(zip(*columns, strict=True)):
-                split = split_of(part) or split_by_fraction(f"{level}/{episode}", self.validation_fraction)
+                split = part.locator["split"] or split_by_fraction(f"{level}/{episode}", self.validation_fraction)
                 name = f"{level}-{episode}-{step:06d}" if None not in (level, episode, step) else f"row-{position}"
                 entries.append(Entry(position=position, name=name, level=level, split=split))
             yield RunIndex(

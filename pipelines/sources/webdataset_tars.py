@@ -17,9 +17,9 @@ from pipelines.sources.base import (
     SourceItem,
     check_fraction,
     number_by_name,
+    parts_of,
     readable,
     split_by_fraction,
-    splits_of,
 )
 from pipelines.sources.files import list_files, open_source, place_of
 from pipelines.sources.tars import LINK, Member, members, read_members
@@ -59,13 +59,7 @@ class WebDatasetSource:
         return {"kind": "webdataset", "files": [list(entry) for entry in self._files()]}
 
     def parts(self) -> list[Part]:
-        names = [name for name, _ in self._files()]
-        given = splits_of(names)
-        return [
-            Part(name=name, locator={"split": given[name] if given else None})
-            for name in names
-            if given is None or name in given
-        ]
+        return parts_of(self._files())
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
         entries = []

@@ -1,5 +1,6 @@
 """Bad input: each ends in the counted quarantine or in a clear error, and good neighbours are never lost."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -15,7 +16,7 @@ from cluster.session import Session
 from pipelines import index, verify
 from pipelines import shard as shard_stage
 from pipelines.config import Resources, ShardConfig
-from pipelines.shard import shard
+from pipelines.shard import RejectedError, shard
 from pipelines.sources import SOURCES
 from pipelines.stage import Pipeline
 from pipelines.tracking import Tracker
@@ -217,6 +218,16 @@ def test_an_odd_label_among_numbers(tmp_path: Path) -> None:
     images = make(tmp_path / "root", "webdataset", tmp_path / "s")
     assert images.artifact.facts["rejects"] == {"label out of range": 1}
     assert {sample.label for sample in samples(images)} == set(range(20))
+
+
+def test_shards_made_under_a_wider_limit_are_not_passed_on_silently(tmp_path: Path) -> None:
+    write("class_folders", tmp_path / "s", {"a.png": GOOD, "b.png": b"broken"})
+    images = make(tmp_path / "root", "class_folders", tmp_path / "s")
+    strict = dataclasses.replace(CONFIG, max_rejected_fraction=0.1)
+    with pytest.raises(RejectedError, match="at most 0 rejected images of 3 .* found 1 in .*made with a wider limit"):
+        make(tmp_path / "root", "class_folders", tmp_path / "s", strict)
+    again = make(tmp_path / "root", "class_folders", tmp_path / "s")
+    assert again.artifact.manifest == images.artifact.manifest
 
 
 def test_images_without_any_label(tmp_path: Path) -> None:
