@@ -86,7 +86,7 @@ def _data(shards: Artifact) -> str:
         ("Rejected", f"{sum(report['rejects'].values()):,}", rejects),
         ("Exact duplicates", "not counted" if duplicates is None else f"{duplicates:,}",
          "files with the same bytes as another one before; they are kept"),
-        ("Source size", " x ".join("{} to {}".format(*report[name]) for name in ("width", "height")),
+        ("Source size", " x ".join(_range(*report[name]) for name in ("width", "height")),
          f"width x height in pixels; shorter side {sides}; {report['enlarged']:,} enlarged"),
         ("Source files", f"{len(report['kinds'])} kinds", kinds),
         ("Labels", f"{len(counts):,}", _spread(counts)),
@@ -96,8 +96,12 @@ def _data(shards: Artifact) -> str:
     return _table(rows)
 
 
+def _range(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
 def _spread(counts: list[int]) -> str:
-    return f"with {min(counts):,} to {max(counts):,} images each" if counts else "the source has none"
+    return f"with {_range(min(counts), max(counts))} images each" if counts else "the source has none"
 
 
 def _channels(values: list[float]) -> str:
