@@ -83,6 +83,7 @@ class DataReport:
     kinds: Counter[str] = field(default_factory=Counter)
     levels: dict[str, Counter[str]] = field(default_factory=dict)
     rejects: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
     _pixels: int = 0
     _sums: list[int] = field(default_factory=lambda: [0, 0, 0])
     _squares: list[int] = field(default_factory=lambda: [0, 0, 0])
@@ -144,6 +145,7 @@ class DataReport:
             "deviation": found[1] if found else None,
             "exact_duplicates": self.exact_duplicates,
             "rejects": dict(sorted(self.rejects.items())),
+            "ignored": dict(sorted(self.ignored.items())),
         }
 
 

@@ -26,7 +26,7 @@ from vqvae_core.vqvae import VQVAE
 
 _BATCH = 64
 _MODEL_STAGE = "train_vqvae"
-GRID = "grid.png"
+GRID = "all.grid.png"  # no key has a dot, so it takes no picture's place
 
 
 def main(arguments: list[str]) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -108,9 +109,11 @@ def _build(pipeline: Pipeline, source: AnySource, space: Workspace) -> Made:
             progress.advance_to(min(len(parts), progress.done + _PARTS_PER_FILE))
     files = []
     levels: set[str] = set()
+    ignored: Counter[str] = Counter()
     for record in space.records(names):
         files += [FileEntry(**record["file"]), *(FileEntry(**file) for file in record["spooled"])]
         levels.update(record["levels"])
+        ignored.update(record["ignored"])
     runs, num_runs = _write_runs(space, names)
     counts = _counts(runs)
     compared = counts.sum() <= _MOST_COMPARED
@@ -120,6 +123,7 @@ def _build(pipeline: Pipeline, source: AnySource, space: Workspace) -> Made:
         "images": {"train": int(counts[:, 0].sum()), "validation": int(counts[:, 1].sum())},
         "label_map": source.labels(levels),
         "renamed": num_renamed if compared else int(counts.sum()),
+        "ignored": dict(sorted(ignored.items())),
     }
     files += [
         _written(space.folder, RUNS, runs, num_runs),
@@ -150,11 +154,13 @@ def index_parts(job: dict[str, Any]) -> dict[str, Any]:
     source, spool = source_from_json(job["source"]), folder / SPOOL
     runs: list[dict[str, Any]] = []
     levels: set[str] = set()
+    ignored: Counter[str] = Counter()
     buffer = io.BytesIO()
     num_images = 0
     with pq.ParquetWriter(buffer, _ENTRIES, compression="zstd") as writer:
         for values in job["parts"]:
             for found in source.index(Part(**values), spool):
+                ignored.update(found.ignored)
                 if not found.entries:
                     continue
                 writer.write_table(_table(found), row_group_size=len(found.entries))
@@ -174,7 +180,8 @@ def index_parts(job: dict[str, Any]) -> dict[str, Any]:
     folder.write(f"{name}.parquet", data)
     file = FileEntry.of(f"{name}.parquet", data, rows=num_images)
     spooled = [asdict(_spooled(folder, run)) for run in runs if "spool" in json.loads(run["locator"])]
-    return write_sidecar(folder, job["work"], name, file, runs=runs, levels=sorted(levels), spooled=spooled)
+    return write_sidecar(folder, job["work"], name, file, runs=runs, levels=sorted(levels), ignored=ignored,
+                         spooled=spooled)  # fmt: skip
 
 
 def _spooled(folder: Folder, run: dict[str, Any]) -> FileEntry:
@@ -281,13 +288,18 @@ class Entries:
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """The artifact of the index stage. Facts: runs, images {split: count}, label_map, renamed."""
+    """The artifact of the index stage. Facts: runs, images {split: count}, label_map, renamed, ignored {extension:
+    files that are no images}."""
 
     artifact: Artifact
 
     @property
     def label_map(self) -> dict[str, int] | None:
         return self.artifact.facts["label_map"]
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        return self.artifact.facts["ignored"]
 
     @property
     def spool(self) -> Folder:

@@ -77,13 +77,17 @@ def _data(shards: Artifact) -> str:
     splits = facts["splits"]
     sides = ", ".join(f"{name}: {count:,}" for name, count in report["shorter_side"].items() if count)
     kinds = ", ".join(f"{name}: {count:,}" for name, count in report["kinds"].items())
-    rejects = ", ".join(f"{reason}: {count:,}" for reason, count in report["rejects"].items()) or "none"
+    rejects, ignored = (
+        ", ".join(f"{name}: {count:,}" for name, count in report[what].items()) for what in ("rejects", "ignored")
+    )
     counts = [sum(each.values()) for each in report["levels"].values()]
     duplicates = report["exact_duplicates"]
     rows = [
         ("Images", f"{splits['train']['images']:,} + {splits['validation']['images']:,}",
          f"train + validation, out of {facts['source_images']:,} taken of the source"),
-        ("Rejected", f"{sum(report['rejects'].values()):,}", rejects),
+        ("Rejected", f"{sum(report['rejects'].values()):,}", rejects or "none"),
+        ("Ignored", f"{sum(report['ignored'].values()):,}",
+         f"files of the source that are no images, by extension: {ignored or 'none'}"),
         ("Exact duplicates", "not counted" if duplicates is None else f"{duplicates:,}",
          "files with the same bytes as another one before; they are kept"),
         ("Source size", " x ".join(_range(*report[name]) for name in ("width", "height")),

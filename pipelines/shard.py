@@ -222,6 +222,7 @@ class _Build:
         self._rejected = []
         self._check(rejects)
         splits = dict(_splits(files))
+        report.ignored.update(self._index.ignored)
         if not splits["train"]["images"]:
             raise SourceError(f"expected images to train on, all {len(rejects)} were rejected: {_first(rejects)}")
         summary = report.to_json()
@@ -231,7 +232,7 @@ class _Build:
             "splits": splits,
             "label_map": self._index.label_map,
             "source_images": self._plan.num_images,
-            **{name: summary[name] for name in ("rejects", "exact_duplicates", "mean", "deviation")},
+            **{name: summary[name] for name in ("rejects", "ignored", "exact_duplicates", "mean", "deviation")},
         }
         extra = [
             (REJECTS, to_parquet(_reject_table(rejects)), len(rejects)),
@@ -422,7 +423,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row of rejects.parquet. source: its place in the source, relative; sha256: of its bytes."""
+    """A row of rejects.parquet. source: its place in the source, relative; sha256: of its bytes, "" where there are
+    none (a link, a file that may not be read)."""
 
     source: str
     key: str
@@ -476,9 +478,10 @@ def prepare(
     label_map: dict[str, int] | None,
 ) -> Prepared | Reject:
     """An item at the recipe's size, or the record of its rejection."""
-    sha256 = hash_bytes(item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image)
+    data = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
+    sha256 = item.sha256 if data is None else hash_bytes(data)
     try:
-        if item.fault:
+        if item.fault or item.image is None:
             raise ImageError(item.fault)
         if label_map and level is None:
             raise ImageError("no label: other images of the source have one")

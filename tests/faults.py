@@ -6,6 +6,7 @@ import itertools
 import socket
 import struct
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
@@ -14,10 +15,11 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"
 class FaultyProxy:
     """Forwards to host:port. Of every `period` requests one gets a 503, one a reset, and one (a GET) half its body.
 
-    counts: how often each fault was dealt out.
+    slow: requests to write a path that contains this wait for `pause` seconds, so that there is time to kill who
+    writes. counts: how often each fault was dealt out.
     """
 
-    def __init__(self, host: str, port: int, period: int = 9) -> None:
+    def __init__(self, host: str, port: int, period: int = 9, slow: str = "", pause: float = 0.0) -> None:
         self.counts = {"503": 0, "reset": 0, "cut": 0}
         numbers, lock = itertools.count(1), threading.Lock()
         proxy = self
@@ -32,6 +34,8 @@ class FaultyProxy:
                 body = self.body()
                 with lock:
                     turn = next(numbers) % period
+                if slow and self.command == "PUT" and slow in self.path:
+                    time.sleep(pause)
                 if turn == 2:
                     return self.refuse()
                 if turn == 5:

@@ -6,7 +6,7 @@ permute images across shards without opening them. Adding a source is one file (
 dataclass with the methods of `Source`, and its name in `pipelines/sources/__init__.py`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -65,24 +65,28 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class RunIndex:
-    """A run and its images, in order."""
+    """A run and its images, in order. ignored: how many files beside them are no images and have no part in any, by
+    extension; a run may have nothing else."""
 
     run: Run
     entries: Sequence[Entry]
+    ignored: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceItem:
     """One image as the source has it.
 
-    image: encoded bytes, or pixels (uint8 HWC). fault: why it cannot be used, where the source itself knows.
+    image: encoded bytes, or pixels (uint8 HWC); None where they cannot be read.
     facts: what becomes part of the sample's JSON: `source` (its place, relative), `episode`, `step`...
+    fault: why it cannot be used, where the source itself knows. sha256: of its bytes, where they are too many to hold.
     """
 
     position: int
-    image: bytes | np.ndarray
+    image: bytes | np.ndarray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     fault: str = ""
+    sha256: str = ""
 
 
 class Source(Protocol):

@@ -1,6 +1,5 @@
 """A folder of class folders, a file an image: CLASS/image.jpg, or train/CLASS/image.jpg beside val/CLASS/image.jpg."""
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -10,13 +9,22 @@ from pipelines.sources.base import (
     Part,
     Run,
     RunIndex,
+    SourceError,
     SourceItem,
     check_fraction,
     number_by_name,
     readable,
     split_by_fraction,
 )
-from pipelines.sources.files import list_files, place_of, read_files
+from pipelines.sources.files import (
+    FolderSummary,
+    hash_range,
+    list_folder,
+    list_folders,
+    open_source,
+    place_of,
+    read_files,
+)
 from pipelines.sources.tars import MAX_MEMBER_BYTES
 from vqvae_core.artifacts import hash_json
 from vqvae_core.storage import Folder
@@ -52,41 +60,46 @@ class ClassFoldersSource:
     def _folder(self) -> Folder:
         return place_of(self.path, _WHAT)
 
-    def _files(self) -> list[tuple[str, int]]:
-        return list_files(self.path, EXTENSIONS, _WHAT)
+    def _folders(self) -> tuple[FolderSummary, ...]:
+        return list_folders(self.path, EXTENSIONS, _WHAT)
 
     def check(self) -> None:
-        self._files()
+        self._folders()
 
     def identity(self) -> dict[str, Any]:
-        files = [[readable(name), size] for name, size in self._files()]
-        return {"kind": "class_folders", "num_files": len(files), "files": hash_json(files)}
+        folders = [[readable(found.folder), found.digest] for found in self._folders() if found.num_files]
+        num_files = sum(found.num_files for found in self._folders())
+        return {"kind": "class_folders", "num_files": num_files, "folders": hash_json(folders)}
 
     def parts(self) -> list[Part]:
-        """One for each folder, with the names and sizes of its files."""
-        folders: dict[str, list[tuple[str, int]]] = defaultdict(list)
-        for name, size in self._files():
-            place, _, file = name.rpartition("/")
-            folders[place].append((file, size))
-        tops = {place.split("/")[0] for place in folders if place}
+        """One for each folder; its files are listed where it is indexed."""
+        folders = self._folders()
+        tops = {found.folder.split("/")[0] for found in folders if found.folder and found.num_files}
         splits = {top: _SPLITS.get(top.lower()) for top in tops}
         given = "train" in splits.values() and None not in splits.values()  # else `train` is a class
         found = set(splits.values())
         other = "validation" if "validation" in found else "test" if "test" in found else None
         parts = []
-        for place, files in sorted(folders.items()):
-            split = splits.get(place.split("/")[0]) if given else None
-            if not given or not place or split in ("train", other):
+        for found in folders:
+            split = splits.get(found.folder.split("/")[0]) if given else None
+            if not given or not found.folder or split in ("train", other):
                 by_name = split if given and other else None
-                parts.append(Part(name=place, locator={"files": files, "split": by_name, "above": int(given)}))
+                locator = {"split": by_name, "above": int(given), "digest": found.digest}
+                parts.append(Part(name=found.folder, locator=locator))
         return parts
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
         given = part.locator["split"]
         folders = [readable(folder) for folder in part.name.split("/")[part.locator["above"] :]]
         level = folders[0] if folders and folders[0] else None
+        listing = list_folder(self.path, part.name, EXTENSIONS, _WHAT)
+        if listing.digest != part.locator["digest"]:
+            raise SourceError(
+                f"expected the same files in {self.path}/{readable(part.name)} as a moment ago, found others; run it "
+                "again when nobody writes there"
+            )
         entries = []
-        for position, (name, size) in enumerate(part.locator["files"]):
+        for position, (name, size) in enumerate(listing.files):
             whole = f"{readable(part.name)}/{readable(name)}"
             split = given or split_by_fraction(whole, self.validation_fraction)
             entries.append(
@@ -99,7 +112,7 @@ class ClassFoldersSource:
                 )
             )
         run = Run(name=readable(part.name), prefix="_".join(folders), locator={"folder": part.name})
-        yield RunIndex(run=run, entries=entries)
+        yield RunIndex(run=run, entries=entries, ignored=listing.ignored)
 
     def labels(self, levels: set[str]) -> dict[str, int] | None:
         return number_by_name(levels)
@@ -112,11 +125,13 @@ class ClassFoldersSource:
             facts = {"source": readable(name)}
             if entry.num_bytes > MAX_MEMBER_BYTES:
                 fault = f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
-                yield SourceItem(position=entry.position, image=b"", facts=facts, fault=fault)
+                with open_source(self._folder, name) as file:
+                    sha256 = hash_range(file, 0, entry.num_bytes)
+                yield SourceItem(position=entry.position, facts=facts, fault=fault, sha256=sha256)
                 continue
             data = next(files)
             if isinstance(data, bytes):
                 yield SourceItem(position=entry.position, image=data, facts=facts)
             else:
                 fault = f"cannot be read: {data.strerror or type(data).__name__}"
-                yield SourceItem(position=entry.position, image=b"", facts=facts, fault=fault)
+                yield SourceItem(position=entry.position, facts=facts, fault=fault)

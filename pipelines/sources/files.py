@@ -1,22 +1,27 @@
 """The files of a source, local or on S3: listed by name and size, opened by name, read in ranges with read-ahead."""
 
 import functools
+import hashlib
 import io
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.sources.base import SourceError
-from vqvae_core.storage import Folder, StorageError, retry
+from pipelines.sources.base import SourceError, readable
+from vqvae_core.artifacts import hash_json
+from vqvae_core.storage import Folder, StorageError, concurrently, retry
 
 _REQUESTS = 16  # in flight for one task on S3, where a read is all waiting
 _BLOCK_BYTES = 2048  # a tar header with a small file behind it
+_HASHED_BYTES = 1 << 24  # at a time
+_LISTINGS = 32  # folders on S3 that are listed at the same time
 
 
 def place_of(location: str | None, what: str) -> Folder:
@@ -26,53 +31,150 @@ def place_of(location: str | None, what: str) -> Folder:
     return Folder.of(location)
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What lies in one folder of a source, without the folders below it. folder: relative to the source, "" for the
+    source itself. files: (name, bytes) of those that are wanted, by name. ignored: how many others, by extension."""
+
+    folder: str
+    files: Sequence[tuple[str, int]]
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def digest(self) -> str:
+        return hash_json([[readable(name), size] for name, size in self.files])
+
+
+@dataclass(frozen=True)
+class FolderSummary:
+    """A folder of a source as the driver keeps it: how many wanted files there are, and the hash of their names and
+    sizes."""
+
+    folder: str
+    num_files: int
+    digest: str
+
+
 def list_files(location: str | None, extensions: str | tuple[str, ...], what: str) -> list[tuple[str, int]]:
     """(name relative to the location, bytes) of its files with an extension, by name; those with a dot first not.
 
     Upper and lower case of the extension are the same. Raises `SourceError`.
     """
+    endings = _endings(extensions)
     folder = place_of(location, what)
-    endings = (extensions,) if isinstance(extensions, str) else extensions
-    try:
-        found = sorted(_walk(folder, what))
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise SourceError(f"expected to read {what} at {folder.uri}, but: {reason}; check its permissions") from error
-    files = [(name, size) for name, size in found if name.lower().endswith(endings) and not _is_hidden(name)]
+    files = [(_join(found.folder, name), size) for found in _walk(folder, endings, what) for name, size in found.files]
     if not files:
-        looked_for = ", ".join(f"*{ending}" for ending in endings)
-        raise SourceError(f"expected {what} at {folder.uri}, found no {looked_for} there; name it with --source PATH")
-    return files
+        raise _none_found(folder, endings, what)
+    return sorted(files)
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+@functools.lru_cache(maxsize=4)
+def list_folders(location: str | None, extensions: tuple[str, ...], what: str) -> tuple[FolderSummary, ...]:
+    """Every folder of a source in which something lies, by name. Files are listed folder by folder and not kept, so
+    that millions take no memory. Raises `SourceError` where no file has one of the extensions."""
+    folder = place_of(location, what)
+    found = [
+        FolderSummary(listing.folder, len(listing.files), listing.digest)
+        for listing in _walk(folder, extensions, what)
+        if listing.files or listing.ignored
+    ]
+    if not any(summary.num_files for summary in found):
+        raise _none_found(folder, extensions, what)
+    return tuple(sorted(found, key=lambda summary: summary.folder))
 
 
-def _walk(folder: Folder, what: str) -> Iterator[tuple[str, int]]:
+def list_folder(location: str | None, name: str, extensions: tuple[str, ...], what: str) -> Listing:
+    """One folder of a source. Raises `SourceError`."""
+    folder = place_of(location, what)
+    try:
+        return _list(folder, name, extensions)[0]
+    except (OSError, pa.ArrowException) as error:
+        raise _unlisted(folder, what, error) from error
+
+
+def _endings(extensions: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (extensions,) if isinstance(extensions, str) else extensions
+
+
+def _none_found(folder: Folder, endings: tuple[str, ...], what: str) -> SourceError:
+    looked_for = ", ".join(f"*{ending}" for ending in endings)
+    return SourceError(f"expected {what} at {folder.uri}, found no {looked_for} there; name it with --source PATH")
+
+
+def _unlisted(folder: Folder, what: str, error: BaseException) -> SourceError:
+    reason = str(error).splitlines()[0]
+    return SourceError(f"expected to read {what} at {folder.uri}, but: {reason}; check its permissions")
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _walk(folder: Folder, endings: tuple[str, ...], what: str) -> Iterator[Listing]:
+    """All folders of a source, level by level. Links to folders are followed, a loop is not."""
+    if folder.is_local and not Path(folder.uri).is_dir():
+        raise SourceError(f"expected {what} at {folder.uri}, found no such folder; name it with --source PATH")
+    seen: set[Path] = set()
+    level = [""]
+    try:
+        while level:
+            below: list[str] = []
+            for start in range(0, len(level), _LISTINGS):
+                names = level[start : start + _LISTINGS]
+                for listing, folders in concurrently(lambda name: _list(folder, name, endings), names, folder):
+                    yield listing
+                    below += folders
+            level = [name for name in sorted(below) if _is_new(folder, name, seen)]
+    except (OSError, pa.ArrowException) as error:
+        raise _unlisted(folder, what, error) from error
+
+
+def _is_new(folder: Folder, name: str, seen: set[Path]) -> bool:
+    if not folder.is_local:
+        return True
+    place = (Path(folder.uri) / name).resolve()
+    new = place not in seen and place != Path(folder.uri).resolve()
+    seen.add(place)
+    return new
+
+
+def _list(folder: Folder, name: str, endings: tuple[str, ...]) -> tuple[Listing, list[str]]:
+    """(what lies in one folder, the folders in it), without what is hidden by a dot."""
+    files, folders, ignored = [], [], Counter()
+    for found, size in _entries(folder, name):
+        if found.startswith("."):
+            continue
+        if size is None:
+            folders.append(_join(name, found))
+        elif found.lower().endswith(endings):
+            files.append((found, size))
+        else:
+            ignored[extension_of(found)] += 1
+    return Listing(name, sorted(files), ignored), folders
+
+
+def extension_of(name: str) -> str:
+    """The extension of a file that is ignored, in lower case and with its dot, "none" where it has none."""
+    dot, extension = name.rpartition("/")[2].rpartition(".")[1:]
+    return readable(dot + extension.lower()) if dot else "none"
+
+
+def _entries(folder: Folder, name: str) -> Iterator[tuple[str, int | None]]:
+    """(name, bytes, None for a folder) of what lies in a folder, in no fixed order."""
     if not folder.is_local:
         system, root = folder.s3
-        selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
+        selector = fs.FileSelector(_join(root, name) if name else root, allow_not_found=True)
         for info in retry(lambda: system.get_file_info(selector)):
-            if info.type == fs.FileType.File:
-                yield info.path[len(root) + 1 :], info.size
+            yield info.base_name, info.size if info.type == fs.FileType.File else None
         return
-    if not Path(folder.uri).is_dir():
-        raise SourceError(f"expected {what} at {folder.uri}, found no such folder; name it with --source PATH")
-    seen = set()  # links to folders are followed, a loop is not
-    for place, folders, names in os.walk(folder.uri, followlinks=True, onerror=_raise):
-        seen.add(Path(place).resolve())
-        folders[:] = sorted(name for name in folders if (Path(place) / name).resolve() not in seen)
-        for name in names:
-            path = Path(place) / name
-            if path.is_file():
-                yield path.relative_to(folder.uri).as_posix(), path.stat().st_size
-            elif path.is_symlink() and not path.exists():  # its image is missing: it will be rejected, not forgotten
-                yield path.relative_to(folder.uri).as_posix(), 0
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    with os.scandir(_join(folder.uri, name) if name else folder.uri) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield entry.name, None
+            elif entry.is_file():
+                yield entry.name, entry.stat().st_size
+            elif entry.is_symlink():  # to nothing: its image is missing, it will be rejected and not forgotten
+                yield entry.name, 0
 
 
 def open_source(folder: Folder, name: str) -> "SourceFile":
@@ -97,8 +199,9 @@ def _opened(folder: Folder, name: str) -> pa.NativeFile:
 
 
 def forget_files() -> None:
-    """Open files of a source anew from here on: it may have changed since an earlier job."""
+    """Open and list files of a source anew from here on: it may have changed since an earlier job."""
     _opened.cache_clear()
+    list_folders.cache_clear()
 
 
 class _Positioned(io.RawIOBase):
@@ -202,6 +305,14 @@ class Window(_Positioned):
 def read_ranges(file: SourceFile, ranges: Sequence[tuple[int, int]], *, ahead: bool) -> Iterator[bytes]:
     """The bytes of each (offset, size), in order; ahead: with several requests in flight."""
     yield from _in_order([lambda o=offset, n=size: file.read_at(o, n) for offset, size in ranges], ahead)
+
+
+def hash_range(file: SourceFile, offset: int, num_bytes: int) -> str:
+    """The sha256 of a stretch of a file that is too large for memory."""
+    found = hashlib.sha256()
+    for start in range(0, num_bytes, _HASHED_BYTES):
+        found.update(file.read_at(offset + start, min(_HASHED_BYTES, num_bytes - start)))
+    return found.hexdigest()
 
 
 def read_files(folder: Folder, names: Sequence[str]) -> Iterator[bytes | OSError]:

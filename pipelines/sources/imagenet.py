@@ -4,7 +4,7 @@ Nothing is unpacked: headers are walked once for the index, pictures are read by
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pipelines.sources.base import Entry, Part, Run, RunIndex, SourceError, SourceItem, number_by_name, readable
@@ -113,6 +113,6 @@ class ImageNetSource:
         archive = run.locator["archive"]
         inner = f"{run.name}.tar/" if archive == TRAIN else ""
         with open_source(self._folder, archive) as file:
-            for entry, image, fault in read_members(file, entries, ahead=not self._folder.is_local):
-                facts = {"source": f"{archive}/{inner}{readable(entry.name)}"}
-                yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)
+            items = read_members(file, entries, ahead=not self._folder.is_local)
+            for entry, item in zip(entries, items, strict=True):
+                yield replace(item, facts={"source": f"{archive}/{inner}{readable(entry.name)}"})

@@ -4,8 +4,8 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipelines.sources.base import Entry, SourceError
-from pipelines.sources.files import SourceFile, Window, read_ranges
+from pipelines.sources.base import Entry, SourceError, SourceItem
+from pipelines.sources.files import SourceFile, Window, hash_range, read_ranges
 
 MAX_MEMBER_BYTES = 256 << 20  # of one picture; a larger member is not read
 LINK = -1  # in the place of the size of a link, whose contents are elsewhere
@@ -75,14 +75,16 @@ def _check_end(window: Window, end: int, size: int, where: str) -> None:
             )
 
 
-def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> Iterator[tuple[Entry, bytes, str]]:
-    """(entry, bytes, "") of each entry by its place, or no bytes and the fault of one that is too large."""
+def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> Iterator[SourceItem]:
+    """The image of each entry by its place, without facts, or the fault of one that is too large or a link."""
     small = [entry for entry in entries if 0 <= entry.num_bytes <= MAX_MEMBER_BYTES]
     data = read_ranges(file, [(entry.offset, entry.num_bytes) for entry in small], ahead=ahead)
     for entry in entries:
         if entry.num_bytes == LINK:
-            yield entry, b"", "no image: it is a link inside the archive"
+            yield SourceItem(position=entry.position, fault="no image: it is a link inside the archive")
         elif entry.num_bytes > MAX_MEMBER_BYTES:
-            yield entry, b"", f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
+            fault = f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
+            sha256 = hash_range(file, entry.offset, entry.num_bytes)
+            yield SourceItem(position=entry.position, fault=fault, sha256=sha256)
         else:
-            yield entry, next(data), ""
+            yield SourceItem(position=entry.position, image=next(data))

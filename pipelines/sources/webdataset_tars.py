@@ -5,8 +5,9 @@ that they hold can run.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pipelines.sources.base import (
@@ -21,7 +22,7 @@ from pipelines.sources.base import (
     readable,
     split_by_fraction,
 )
-from pipelines.sources.files import list_files, open_source, place_of
+from pipelines.sources.files import extension_of, list_files, open_source, place_of
 from pipelines.sources.tars import LINK, Member, members, read_members
 from vqvae_core.storage import Folder
 
@@ -63,9 +64,17 @@ class WebDatasetSource:
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
         entries = []
+        ignored: Counter[str] = Counter()
         with open_source(self._folder, part.name) as file:
             for key, sample in _samples(members(file, part.name, wanted=_is_label)):
-                for stem, image in _images(sample):
+                found = _images(sample)
+                used = [image for _, image in found]
+                ignored.update(
+                    extension_of(member.name)
+                    for name, member in sample.items()
+                    if member not in used and name.rpartition(".")[2] not in _LABELS
+                )
+                for stem, image in found:
                     whole = f"{readable(part.name)}/{readable(key + stem)}"
                     entries.append(
                         Entry(
@@ -77,7 +86,7 @@ class WebDatasetSource:
                             num_bytes=image.num_bytes if image else LINK,
                         )
                     )
-        yield RunIndex(run=Run(name=readable(part.name), locator={"file": part.name}), entries=entries)
+        yield RunIndex(run=Run(name=readable(part.name), locator={"file": part.name}), entries=entries, ignored=ignored)
 
     def labels(self, levels: set[str]) -> dict[str, int] | None:
         return number_by_name(levels)
@@ -87,11 +96,12 @@ class WebDatasetSource:
             found = [entry for entry in entries if entry.num_bytes >= 0]
             images = read_members(file, found, ahead=not self._folder.is_local)
             for entry in entries:
-                image, fault = b"", "no image: none among the members of its key, or a link"
                 if entry.num_bytes >= 0:
-                    _, image, fault = next(images)
-                facts = {"source": f"{run.name}/{readable(entry.name)}"}
-                yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)
+                    item = next(images)
+                else:
+                    fault = "no image: none among the members of its key, or a link"
+                    item = SourceItem(position=entry.position, fault=fault)
+                yield replace(item, facts={"source": f"{run.name}/{readable(entry.name)}"})
 
 
 def _split_name(name: str) -> tuple[str, str]:

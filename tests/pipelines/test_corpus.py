@@ -118,7 +118,8 @@ def test_odd_files(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["class_folders", "imagenet", "webdataset"])
 def test_odd_names(tmp_path: Path, kind: str) -> None:
     names = [name() for name in (FILE_NAMES if kind == "class_folders" else TAR_NAMES).values()]
-    before = sorted(path for path in tmp_path.parent.iterdir())
+    outside = [tmp_path.parent, Path("/tmp"), Path("/etc")]
+    before = [{path.name for path in place.iterdir()} for place in outside]
     write(kind, tmp_path / "source", dict.fromkeys(names, GOOD))
     images = make(tmp_path / "root", kind, tmp_path / "source")
     assert images.num_images("train") == len(names)
@@ -129,7 +130,12 @@ def test_odd_names(tmp_path: Path, kind: str) -> None:
         sample.facts["source"].encode()  # valid text
         assert str(tmp_path) not in json.dumps(sample.facts)
     assert verify.verify(Session(), images.artifact) == []
-    assert sorted(path for path in tmp_path.parent.iterdir()) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "root"}
+    for place, names in zip(outside, before, strict=True):
+        assert not any("evil" in path.name for path in place.iterdir() if path.name not in names)
+    written = {path.suffix for path in (tmp_path / "root").rglob("*") if path.is_file()}
+    assert written == {".tar", ".json", ".parquet", ".png"}, "a name of the source became a file"
+    assert [path.name for path in (tmp_path / "root").rglob("*.png")] == ["contact_sheet.png"]
 
 
 def test_keys_that_come_again_are_told_apart(tmp_path: Path) -> None:
@@ -166,6 +172,8 @@ def test_payloads_in_a_webdataset_do_not_run(tmp_path: Path) -> None:
     images = make(tmp_path / "root", "webdataset", tmp_path / "s")
     assert len(samples(images)) == 2
     assert images.artifact.facts["rejects"] == {"no image": 2}
+    others = {".pyd": 4, ".pickle": 2, ".pkl": 2, ".pth": 2, ".pt": 2, ".npy": 2}
+    assert images.artifact.facts["ignored"] == others
     assert not marker.exists()
 
 

@@ -12,6 +12,7 @@ from tests.pipelines.test_golden import VQVAE_CONFIG, weights
 from vqvae_core.artifacts import Artifact, FileEntry, commit
 from vqvae_core.checkpoint import save_model
 from vqvae_core.errors import InputError
+from vqvae_core.image_shards import KEY_PATTERN
 from vqvae_core.images import decode as pixels_of
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import KIND, TokenShape, write_parquet
@@ -50,7 +51,7 @@ def root(tmp_path: Path) -> Path:
 def test_an_artifact_is_decoded(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     decode.main([str(root / "tokenize-1"), "--out", str(root / "out"), "--limit", "4"])
     names = sorted(path.name for path in (root / "out").iterdir())
-    assert names == ["a.png", "b.png", "c.png", "d.png", "grid.png"]
+    assert names == ["a.png", "all.grid.png", "b.png", "c.png", "d.png"]
     model = weights(VQVAE(VQVAE_CONFIG))
     with torch.no_grad():
         expected = model.decode(torch.arange(64).view(4, 4, 4) % 16).numpy()
@@ -61,7 +62,7 @@ def test_an_artifact_is_decoded(root: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_one_shard_is_decoded(root: Path) -> None:
     decode.main([str(root / "tokenize-1" / "train-000001.parquet"), "--out", str(root / "out")])
-    assert sorted(path.name for path in (root / "out").iterdir()) == ["d.png", "e.png", "grid.png"]
+    assert sorted(path.name for path in (root / "out").iterdir()) == ["all.grid.png", "d.png", "e.png"]
 
 
 def test_without_the_model(root: Path) -> None:
@@ -81,3 +82,7 @@ def test_what_is_no_token_shard(root: Path) -> None:
         decode.main([str(root), "--out", str(root / "out")])
     with pytest.raises(InputError, match="expected --limit to be at least 1, found 0"):
         decode.main([str(root / "tokenize-1"), "--limit", "0"])
+
+
+def test_the_grid_takes_no_pictures_name() -> None:
+    assert not KEY_PATTERN.fullmatch(decode.GRID.removesuffix(".png"))

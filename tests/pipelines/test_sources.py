@@ -1,10 +1,12 @@
 """Each source by itself: what its index says, and what it reads."""
 
+import dataclasses
 import io
 import json
 import shutil
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,12 @@ from pipelines.sources import (
     RecordedFramesSource,
     ViZDoomSource,
     WebDatasetSource,
+    class_folders,
+    files,
+    tars,
 )
 from pipelines.sources.base import RunIndex, SourceError, SourceItem, number_by_name, splits_of
+from pipelines.sources.files import forget_files
 from tests.pipelines.data import (
     WRITERS,
     frame,
@@ -36,6 +42,7 @@ from tests.pipelines.data import (
     write_imagenet,
     write_webdataset,
 )
+from vqvae_core.artifacts import hash_bytes
 from vqvae_core.images import decode
 from vqvae_core.storage import Folder
 
@@ -118,6 +125,54 @@ def test_class_folders_with_splits(tmp_path: Path) -> None:
     assert (count(found, "train"), count(found, "validation")) == (12, 12)
     assert levels(found) == {"cat", "dog"}
     assert {run.run.name for run in found} == {"train/cat", "train/dog", "val/cat", "val/dog"}
+
+
+def test_files_that_are_no_images_are_counted_by_extension(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    (tmp_path / "owl").mkdir()
+    for place in ("cat/a.HEIC", "owl/a.heic", "owl/b.heic", "owl/README", "list.txt", "owl/.hidden"):
+        (tmp_path / place).write_bytes(b"x")
+    source = ClassFoldersSource(path=str(tmp_path))
+    found = indexed(source, tmp_path)
+    assert sum((Counter(each.ignored) for each in found), Counter()) == {".heic": 3, "none": 1, ".txt": 1}
+    assert count(found) == 12
+    assert "owl" not in levels(found)
+
+
+def test_the_driver_keeps_folders_and_no_files(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, num_images=40)
+    parts = ClassFoldersSource(path=str(tmp_path)).parts()
+    assert [part.name for part in parts] == ["cat", "dog"]
+    assert len(json.dumps([dataclasses.asdict(part) for part in parts])) < 400
+
+
+def test_a_folder_that_changes_while_it_is_indexed(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    source = ClassFoldersSource(path=str(tmp_path))
+    part = source.parts()[0]
+    (tmp_path / "cat" / "late.png").write_bytes(b"x")
+    with pytest.raises(SourceError, match="expected the same files in .*/cat as a moment ago, found others"):
+        list(source.index(part, Folder.of(tmp_path)))
+    before = source.identity()
+    forget_files()
+    assert source.identity() != before
+    assert count(indexed(source, tmp_path)) == 13
+
+
+@pytest.mark.parametrize("kind", ["class_folders", "imagenet", "webdataset"])
+def test_a_file_too_large_to_hold_has_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    WRITERS[kind](tmp_path)
+    source = SOURCES[kind](path=str(tmp_path))
+    found = indexed(source, tmp_path)
+    whole = [read(source, each, tmp_path) for each in found]
+    monkeypatch.setattr(tars, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(class_folders, "MAX_MEMBER_BYTES", 10)
+    monkeypatch.setattr(files, "_HASHED_BYTES", 64)
+    for each, items in zip(found, whole, strict=True):
+        for item, large in zip(items, read(source, each, tmp_path), strict=True):
+            assert isinstance(item.image, bytes)
+            assert (large.image, large.sha256) == (None, hash_bytes(item.image))
+            assert large.fault == f"too many bytes: {len(item.image)} are more than 10"
 
 
 def test_a_test_split_beside_a_validation_split_is_left_out() -> None:
@@ -411,7 +466,7 @@ def test_links_in_a_tar_are_rejected_by_name(tmp_path: Path) -> None:
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tar_of([("n1.tar", inner.getvalue())]))
     source = ImageNetSource(path=str(tmp_path))
     items = read(source, indexed(source, tmp_path)[0], tmp_path)
-    assert [item.image for item in items] == [b"abc", b"", b""]
+    assert [item.image for item in items] == [b"abc", None, None]
     assert [item.fault.split(":")[0] for item in items] == ["", "no image", "no image"]
 
 
