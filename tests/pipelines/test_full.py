@@ -117,6 +117,37 @@ def test_each_stage_is_a_script(done: tuple[Path, str], script: str, count: int)
     assert re.findall(r"^(\w+): reused", result.stdout, re.MULTILINE) == list(STAGES[:count])
 
 
+def program(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "pipelines" / f"{script}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_verify_program_is_content_or_names_the_fault(done: tuple[Path, str], tmp_path: Path) -> None:
+    places = [artifact.folder.uri for artifact in artifacts(done[0]).values()]
+    good = program("verify", *places)
+    assert good.returncode == 0, good.stdout + good.stderr
+    assert len(re.findall(r"^/.* files, \d+ rows, all well$", good.stdout, re.MULTILINE)) == len(STAGES)
+    shards = tmp_path / "shards"
+    shutil.copytree(next(place for place in places if "/shard-" in place), shards)
+    data = bytearray((shards / "train-000001.tar").read_bytes())
+    data[700] ^= 1
+    (shards / "train-000001.tar").write_bytes(data)
+    (shards / "validation-000000.tar").unlink()
+    bad = program("verify", str(shards))
+    assert bad.returncode == 1, bad.stderr
+    assert "shards/train-000001.tar: expected sha256 " in bad.stdout
+    assert "shards/validation-000000.tar: expected the file, it is missing" in bad.stdout
+    assert re.search(r"\d+ files, \d+ rows, 2 faults$", bad.stdout, re.MULTILINE)
+    assert_one_line(program("verify", str(tmp_path)), "expected a finished artifact")
+
+
+def test_the_decode_program_makes_pictures(done: tuple[Path, str], tmp_path: Path) -> None:
+    tokens = artifacts(done[0])["tokenize"].folder.uri
+    result = program("decode", tokens, "--out", str(tmp_path), "--limit", "5")
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
 def test_another_root_gets_the_same_shards(done: tuple[Path, str], tmp_path: Path) -> None:
     """Same recipe, same bytes: and for tokens too, when they come from the same weights."""
     root, _ = done
