@@ -23,9 +23,7 @@ from vqvae_core.storage import Folder, StorageError, concurrently
 
 _ENCODERS_PER_NODE = 8
 _ENCODER_DEATHS = 3
-_WORKER_DEATHS = (
-    10  # of one task, lost nodes among them; without a limit an image that kills its worker would do so for ever
-)
+_WORKER_DEATHS = 10  # of one task, lost nodes among them: an image that kills its worker must not do so for ever
 _JOBS_PER_TASK = 8
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
 
@@ -250,7 +248,7 @@ def _bundles(jobs: Sequence[dict[str, Any]], num_cpus: int) -> Iterator[Sequence
     that all CPUs are done at about the same time."""
     start = 0
     while start < len(jobs):
-        size = min(_JOBS_PER_TASK, -(-(len(jobs) - start) // (3 * num_cpus)))
+        size = min(_JOBS_PER_TASK, -(-(len(jobs) - start) // (2 * num_cpus)))
         yield jobs[start : start + size]
         start += size
 

@@ -1,4 +1,6 @@
+import dataclasses
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -32,6 +34,22 @@ def test_same_samples_same_bytes() -> None:
     assert write_tar(samples()) == write_tar(samples())
     with tarfile.open(fileobj=io.BytesIO(write_tar(samples()))) as tar:
         assert {(member.mtime, member.uid, member.uname, member.mode) for member in tar} == {(0, 0, "root", 0o644)}
+
+
+def test_the_bytes_are_those_of_the_tarfile_module() -> None:
+    several = [*samples(40), dataclasses.replace(samples()[0], key="k" * 90, data=bytes(3 * 512))]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for sample in several:
+            facts = json.dumps(sample.facts, sort_keys=True, separators=(",", ":")).encode()
+            for name, data in ((f"{sample.key}.png", sample.data), (f"{sample.key}.json", facts)):
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(data), 0o644
+                member.uname = member.gname = "root"
+                tar.addfile(member, io.BytesIO(data))
+    assert write_tar(several) == buffer.getvalue()
+    with pytest.raises(ValueError, match="key must be 1 to 90 letters, digits, - and _, was 'a/b'"):
+        write_tar([dataclasses.replace(samples()[0], key="a/b")])
 
 
 @pytest.mark.filterwarnings("ignore")
