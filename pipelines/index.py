@@ -29,11 +29,11 @@ from vqvae_core.artifacts import Artifact, FileEntry, hash_bytes
 from vqvae_core.storage import Folder
 
 KIND = "SourceIndex"
-VERSION = 1
+VERSION = 2
 RUNS, RENAMED = "runs.parquet", "renamed.parquet"
 SPOOL = "spool"
 _PARTS_PER_FILE = 32
-_HASHES_AT_ONCE = 1 << 26  # 512 MiB of them
+_HASHES_AT_ONCE = 1 << 23  # some 50 bytes each while they are sorted
 _MOST_COMPARED = 1 << 28  # keys of a larger source are not compared: each gets a hash of its place
 _MAX_BYTES = (1 << 31) - 1
 KEY_CHARACTERS = 90
@@ -307,20 +307,21 @@ class SourceIndex:
 
     def counts(self) -> np.ndarray:
         """int64 (R, 2): images of each run in the train and the validation split."""
-        return _counts(self._runs(["train", "validation"]))
+        return _counts(self._runs)
 
-    def _runs(self, columns: list[str]) -> pa.Table:
-        return pq.read_table(io.BytesIO(self.artifact.read(RUNS)), columns=columns)
+    @cached_property
+    def _runs(self) -> pa.Table:
+        """A row a run: about 100 bytes each, which is nothing an image."""
+        return pq.read_table(io.BytesIO(self.artifact.read(RUNS)))
 
     @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        places = self._runs(["file", "row_group"])
-        return places["file"].to_numpy(), places["row_group"].to_numpy()
+        return self._runs["file"].to_numpy(), self._runs["row_group"].to_numpy()
 
     def runs(self, numbers: Iterable[int]) -> dict[int, Run]:
         """Some runs by their number."""
         wanted = sorted(set(numbers))
-        rows = self._runs(["name", "prefix", "locator"]).take(pa.array(wanted, pa.int64())).to_pylist()
+        rows = self._runs.select(["name", "prefix", "locator"]).take(pa.array(wanted, pa.int64())).to_pylist()
         return {
             number: Run(name=row["name"], prefix=row["prefix"], locator=json.loads(row["locator"]))
             for number, row in zip(wanted, rows, strict=True)

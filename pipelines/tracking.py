@@ -198,7 +198,8 @@ class StageRun:
 
     def _finish(self, run_id: str, artifact: Artifact) -> None:
         client = self._tracker.client
-        numbers = {f"final.{name}": value for name, value in _flat(artifact.facts).items() if _is_number(value)}
+        facts = {name: value for name, value in artifact.facts.items() if name != "label_map"}  # it may be long
+        numbers = {f"final.{_metric(name)}": value for name, value in _flat(facts).items() if _is_number(value)}
         seconds = {f"{name}": artifact.manifest.provenance[name] for name in ("seconds", "work_seconds")}
         self._tracker._log_metrics(run_id, [(0, {**numbers, **seconds})])
         if "history.json" in artifact.files:
@@ -253,6 +254,11 @@ def _dataset(artifact: Artifact) -> Any:
     return Dataset(
         name=artifact.folder.name, digest=digest, source_type="local", source=source, profile=profile[:10_000]
     )
+
+
+def _metric(name: str) -> str:
+    """A name that the store accepts: letters, digits, / _ - . : and spaces."""
+    return re.sub(r"[^\w/.:\- ]", "_", name)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

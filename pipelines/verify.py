@@ -44,6 +44,7 @@ def verify(session: Session, artifact: Artifact) -> list[str]:
         for entry in artifact.files.values()
     )
     hashes: list[np.ndarray] = []
+    num_keys = 0
     with Progress("verify", len(artifact.files), "files") as progress:
         for result in fan_out(session, check_file, jobs):
             path = result["path"]
@@ -51,8 +52,9 @@ def verify(session: Session, artifact: Artifact) -> list[str]:
             moved = [f"these are the contents of {twin}"] if result["faults"] and twin not in (None, path) else []
             if found := [*result["faults"], *moved]:
                 faults.append(f"{path}: {'; '.join(found)}")
-            if sum(map(len, hashes)) <= MAX_HASHES:
+            if num_keys <= MAX_HASHES:
                 hashes.append(np.frombuffer(base64.b64decode(result["keys"]), "<u8"))
+                num_keys += len(hashes[-1])
             progress.advance_to(progress.done + 1)
     return sorted(faults) + list(_repeated_keys(hashes))
 
@@ -89,8 +91,10 @@ def _facts(artifact: Artifact) -> Iterator[str]:
                 f"manifest.json: expected {facts['source_images']} images to be samples or rejects, found {total} "
                 f"samples and {rejected} rejects"
             )
-        if artifact.files[REJECTS].rows != rejected:
-            yield f"{REJECTS}: expected {rejected} rejects, the table of files has {artifact.files[REJECTS].rows}"
+        listed = artifact.files.get(REJECTS)
+        if listed is None or listed.rows != rejected:
+            found_rows = "no such file" if listed is None else listed.rows
+            yield f"{REJECTS}: expected {rejected} rejects, the table of files has {found_rows}"
 
 
 def check_file(job: dict[str, Any]) -> dict[str, Any]:
@@ -142,6 +146,9 @@ def _samples(kind: str, path: str, data: bytes, facts: dict[str, Any]) -> tuple[
             faults.append(f"expected tokens of {_say(shape)}, found {_say(found)}")
         if table.model != facts["model"]:
             faults.append(f"expected tokens of model {facts['model'][:12]}, found {table.model[:12]}")
+        outside = table.labels[~np.isin(table.labels, np.arange(-1, _num_labels(facts)))]
+        if len(outside):
+            faults.append(f"expected labels of the label map, found {outside[0]} in {len(outside)} rows or more")
         return table.keys, len(table.keys), faults
     if path.endswith(".parquet"):
         return [], pq.read_metadata(pa.BufferReader(data)).num_rows, []
@@ -150,7 +157,7 @@ def _samples(kind: str, path: str, data: bytes, facts: dict[str, Any]) -> tuple[
 
 def _images(path: str, data: bytes, facts: dict[str, Any]) -> tuple[list[str], int, list[str]]:
     keys, faults = [], []
-    size, largest = facts["size"], facts["largest_label"]
+    size, image_format, num_labels = facts["size"], facts["image_format"], _num_labels(facts)
     for sample in read_tar(data, path):
         keys.append(sample.key)
         try:
@@ -159,9 +166,17 @@ def _images(path: str, data: bytes, facts: dict[str, Any]) -> tuple[list[str], i
                 faults.append(f"{sample.key}: expected {size} x {size} pixels, found {width} x {height}")
         except InputError as error:
             faults.append(f"{sample.key}: {error}")
-        if sample.label is not None and not 0 <= sample.label <= (-1 if largest is None else largest):
-            faults.append(f"{sample.key}: expected a label of the label map, found {sample.label}")
+        if sample.image_format != image_format:
+            faults.append(f"{sample.key}: expected a .{image_format}, found a .{sample.image_format}")
+        label = sample.facts.get("label")
+        if label is not None and (not isinstance(label, int) or not 0 <= label < num_labels):
+            faults.append(f"{sample.key}: expected a label of the label map, found {label}")
     return keys, len(keys), faults[:10]
+
+
+def _num_labels(facts: dict[str, Any]) -> int:
+    largest = facts["largest_label"]
+    return 0 if largest is None else largest + 1
 
 
 def _say(shape: dict[str, int]) -> str:

@@ -87,7 +87,9 @@ def read_tar(data: bytes, where: str) -> Iterator[Sample]:
                 if extension in IMAGE_FORMATS and picture is None:
                     picture = (key, extension, content)
                 elif extension == "json" and picture is not None and picture[0] == key:
-                    yield Sample(key=key, image_format=picture[1], data=picture[2], facts=json.loads(content))
+                    yield Sample(
+                        key=key, image_format=picture[1], data=picture[2], facts=_facts(content, member.name, where)
+                    )
                     picture = None
                 else:
                     raise ArtifactError(
@@ -98,6 +100,16 @@ def read_tar(data: bytes, where: str) -> Iterator[Sample]:
                 raise ArtifactError(f"expected {picture[0]}.json at the end of {where}, the tar ends before it")
     except tarfile.TarError as error:
         raise ArtifactError(f"expected a complete tar at {where}, found: {error}") from error
+
+
+def _facts(content: bytes, name: str, where: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(content)
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"expected a JSON object in {name} of {where}, found something else")
+    return facts
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -1,6 +1,8 @@
 """Pixels (uint8 HWC in [0, 255]), images (float32 CHW in [-1, 1]) and encoded files: the only conversions."""
 
+import contextlib
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -52,7 +54,8 @@ def load(data: bytes) -> Picture:
             if kind != "MPO" and getattr(picture, "is_animated", False):
                 raise ImageError("animated: has more than one frame")
             picture.load()
-            ImageOps.exif_transpose(picture, in_place=True)
+            with contextlib.suppress(SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+                ImageOps.exif_transpose(picture, in_place=True)  # broken EXIF turns nothing
             return Picture(_to_rgb(picture), width, height, kind, mode)
     except ImageError:
         raise

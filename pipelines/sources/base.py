@@ -6,6 +6,7 @@ permute images across shards without opening them. Adding a source is one file (
 dataclass with the methods of `Source`, and its name in `pipelines/sources/__init__.py`.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -17,6 +18,7 @@ from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
 Split = Literal["train", "validation"]
+MAX_LABELS = 100_000
 
 
 class SourceError(InputError):
@@ -65,8 +67,8 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class RunIndex:
-    """A run and its images, in order. ignored: how many files beside them are no images and have no part in any, by
-    extension; a run may have nothing else."""
+    """A run and its images, in order. ignored: how many files are not used, by extension where they are no images, or
+    as "test split"; a run may have nothing else."""
 
     run: Run
     entries: Sequence[Entry]
@@ -122,12 +124,19 @@ class Source(Protocol):
 
 def number_by_name(levels: set[str]) -> dict[str, int] | None:
     """Labels by the order of names: what most sources use. Names that are whole numbers keep their value; numbers that
-    do not occur below the largest one are labels too. An odd name among many numbers is no label: images that have it
-    are rejected, where renumbering all others would hide it."""
+    do not occur below the largest one are labels too. A negative number, or an odd name among many numbers, is no
+    label: images that have it are rejected, where renumbering all others would hide it. Raises `SourceError` for more
+    than MAX_LABELS."""
     if not levels:
         return None
+    if len(levels) > MAX_LABELS:
+        raise SourceError(
+            f"expected at most {MAX_LABELS} different labels, found {len(levels)}, for example {min(levels)!r}; is it "
+            "a column of labels?"
+        )
     numbers = {level for level in levels if is_label(level)}
-    if len(levels - numbers) <= len(numbers) // 10:
+    negative = {level for level in levels if level.startswith("-") and is_label(level[1:])}
+    if numbers and len(levels - numbers - negative) <= len(numbers) // 10:
         return {str(label): label for label in range(max(map(int, numbers)) + 1)}
     if all(level.isascii() and level.isdecimal() for level in levels):
         return {level: label for label, level in enumerate(sorted(levels, key=lambda level: (int(level), level)))}
@@ -144,30 +153,37 @@ def fraction_of(name: str, seed: int = 0) -> float:
     return int(hash_json([name, seed])[:13], 16) / 16**13
 
 
+_SPLIT_WORD = re.compile(r"(?:^|[-_.])(train|training|val|valid|validation|test)(?=[-_.0-9]|$)")
+
+
 def given_split(name: str) -> Literal["train", "validation", "test"] | None:
-    """The split that a file or folder says it is: train, val or validation, test, at the begin of its name."""
-    text = name.rsplit("/", 1)[-1].lower()
-    if text.startswith("train"):
-        return "train"
-    if text.startswith("val"):
-        return "validation"
-    return "test" if text.startswith("test") else None
+    """The split that a file says it is, by a word of its name or else of the nearest folder above it that has one."""
+    for part in reversed(name.lower().split("/")):
+        match = _SPLIT_WORD.search(part)
+        if match:
+            return "train" if match[1].startswith("train") else "validation" if match[1].startswith("val") else "test"
+    return None
 
 
-def splits_of(names: Sequence[str]) -> dict[str, Split] | None:
+def splits_of(names: Sequence[str]) -> dict[str, Split | None] | None:
     """The split of each file where their names give one: those that say train and validation, or train and test.
 
-    A test split beside a validation split is left out: its labels are often not known. None where the names don't say.
+    A test split beside a validation split is left out (None): its labels are often not known. None in place of the
+    whole where the names don't say. Raises `SourceError` where some do and some don't.
     """
     found = {name: given_split(name) for name in names}
     kinds = set(found.values())
     if "train" not in kinds or not kinds & {"validation", "test"}:
         return None
-    other = "validation" if "validation" in kinds else "test"
+    silent = sorted(readable(name) for name, split in found.items() if split is None)
+    if silent:
+        raise SourceError(
+            f"expected a split (train, val or test) in the name of every file or its folder, since some have one; "
+            f"{len(silent)} have none, for example {', '.join(silent[:3])}: rename them or move them away"
+        )
+    used = "validation" if "validation" in kinds else "test"
     return {
-        name: "train" if split == "train" else "validation"
-        for name, split in found.items()
-        if split in ("train", other)
+        name: "train" if split == "train" else "validation" if split == used else None for name, split in found.items()
     }
 
 
@@ -176,10 +192,14 @@ def parts_of(files: Sequence[tuple[str, int]]) -> list[Part]:
     names = [name for name, _ in files if not name.rpartition("/")[2].startswith("_")]
     given = splits_of(names)
     return [
-        Part(name=name, locator={"split": given[name] if given else None})
+        Part(name=name, locator={"split": given[name] if given else None, "left_out": bool(given) and not given[name]})
         for name in names
-        if given is None or name in given
     ]
+
+
+def left_out(part: Part, num_files: int = 1) -> RunIndex:
+    """What the index says of files of a test split that is not used: how many there are."""
+    return RunIndex(run=Run(name=readable(part.name)), entries=[], ignored={"test split": num_files})
 
 
 def split_by_fraction(name: str, validation_fraction: float, seed: int = 0) -> Split:

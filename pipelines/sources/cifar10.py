@@ -17,7 +17,7 @@ from vqvae_core.storage import Folder
 ARCHIVE = "cifar-10-binary.tar.gz"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _RECORD_BYTES = 1 + 3 * 32 * 32
-_MAX_BATCH_BYTES = 1 << 30
+_MAX_BATCH_BYTES = 1 << 28  # the official ones have 30 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,11 @@ class Cifar10Source:
         return [Part(name="cifar10")]
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
-        batches = dict(self._unpacked(part, spool))
+        batches: dict[str, bytes] = {}
+        for name, data in self._unpacked(part, spool):
+            if name in batches:
+                raise SourceError(f"expected each batch once in {ARCHIVE}, found {name}.bin twice; fetch it again")
+            batches[name] = data
         if "test_batch" not in batches or not any(name.startswith("data_batch") for name in batches):
             raise SourceError(
                 f"expected data_batch_1.bin to data_batch_5.bin and test_batch.bin in {ARCHIVE}, found "

@@ -12,6 +12,7 @@ from pipelines.sources.base import (
     SourceError,
     SourceItem,
     check_fraction,
+    left_out,
     number_by_name,
     readable,
     split_by_fraction,
@@ -82,24 +83,30 @@ class ClassFoldersSource:
         parts = []
         for found in folders:
             split = splits.get(found.folder.split("/")[0]) if given else None
-            if not given or not found.folder or split in ("train", other):
-                by_name = split if given and other else None
-                locator = {"split": by_name, "above": int(given), "digest": found.digest}
-                parts.append(Part(name=found.folder, locator=locator))
+            locator = {
+                "split": split if given and other else None,
+                "left_out": given and bool(found.folder) and split not in ("train", other),
+                "above": int(given),
+                "digest": found.digest,
+            }
+            parts.append(Part(name=found.folder, locator=locator))
         return parts
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
         given = part.locator["split"]
         folders = [readable(folder) for folder in part.name.split("/")[part.locator["above"] :]]
         level = folders[0] if folders and folders[0] else None
-        listing = list_folder(self.path, part.name, EXTENSIONS, _WHAT)
+        listing, files = list_folder(self.path, part.name, EXTENSIONS, _WHAT)
         if listing.digest != part.locator["digest"]:
             raise SourceError(
                 f"expected the same files in {self.path}/{readable(part.name)} as a moment ago, found others; run it "
                 "again when nobody writes there"
             )
+        if part.locator["left_out"]:
+            yield left_out(part, len(files))
+            return
         entries = []
-        for position, (name, size) in enumerate(listing.files):
+        for position, (name, size) in enumerate(files):
             whole = f"{readable(part.name)}/{readable(name)}"
             split = given or split_by_fraction(whole, self.validation_fraction)
             entries.append(
@@ -126,10 +133,15 @@ class ClassFoldersSource:
             if entry.num_bytes > MAX_MEMBER_BYTES:
                 fault = f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
                 with open_source(self._folder, name) as file:
-                    sha256 = hash_range(file, 0, entry.num_bytes)
+                    sha256 = hash_range(file, 0, file.size())
                 yield SourceItem(position=entry.position, facts=facts, fault=fault, sha256=sha256)
                 continue
             data = next(files)
+            if isinstance(data, bytes) and len(data) != entry.num_bytes:
+                raise SourceError(
+                    f"expected {entry.num_bytes} bytes in {self.path}/{readable(name)}, found {len(data)}: it changed "
+                    "since it was listed; run it again when nobody writes there"
+                )
             if isinstance(data, bytes):
                 yield SourceItem(position=entry.position, image=data, facts=facts)
             else:

@@ -4,8 +4,9 @@ import functools
 import hashlib
 import io
 import os
+import tarfile
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,27 +33,31 @@ def place_of(location: str | None, what: str) -> Folder:
 
 
 @dataclass(frozen=True)
-class Listing:
-    """What lies in one folder of a source, without the folders below it. folder: relative to the source, "" for the
-    source itself. files: (name, bytes) of those that are wanted, by name. ignored: how many others, by extension."""
-
-    folder: str
-    files: Sequence[tuple[str, int]]
-    ignored: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def digest(self) -> str:
-        return hash_json([[readable(name), size] for name, size in self.files])
-
-
-@dataclass(frozen=True)
 class FolderSummary:
-    """A folder of a source as the driver keeps it: how many wanted files there are, and the hash of their names and
-    sizes."""
+    """A folder of a source as the driver keeps it, without the folders below it. folder: relative to the source, "" for
+    the source itself. num_files: of those that are wanted; digest: of their names and sizes. ignored: how many others,
+    by extension."""
 
     folder: str
     num_files: int
     digest: str
+    ignored: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class _Digest:
+    """A hash of (name, size) pairs whatever their order, so that they need not be kept and sorted."""
+
+    count: int = 0
+    total: int = 0
+
+    def add(self, name: str, size: int) -> None:
+        self.count += 1
+        self.total = (self.total + int(hash_json([readable(name), size]), 16)) % (1 << 256)
+
+    @property
+    def text(self) -> str:
+        return f"{self.count}-{self.total:064x}"
 
 
 def list_files(location: str | None, extensions: str | tuple[str, ...], what: str) -> list[tuple[str, int]]:
@@ -62,7 +67,9 @@ def list_files(location: str | None, extensions: str | tuple[str, ...], what: st
     """
     endings = _endings(extensions)
     folder = place_of(location, what)
-    files = [(_join(found.folder, name), size) for found in _walk(folder, endings, what) for name, size in found.files]
+    files: list[tuple[str, int]] = []
+    for _ in _walk(folder, endings, what, lambda place, name, size: files.append((_join(place, name), size))):
+        pass
     if not files:
         raise _none_found(folder, endings, what)
     return sorted(files)
@@ -73,23 +80,28 @@ def list_folders(location: str | None, extensions: tuple[str, ...], what: str) -
     """Every folder of a source in which something lies, by name. Files are listed folder by folder and not kept, so
     that millions take no memory. Raises `SourceError` where no file has one of the extensions."""
     folder = place_of(location, what)
-    found = [
-        FolderSummary(listing.folder, len(listing.files), listing.digest)
-        for listing in _walk(folder, extensions, what)
-        if listing.files or listing.ignored
-    ]
-    if not any(summary.num_files for summary in found):
+    found = [each for each in _walk(folder, extensions, what) if each.num_files or each.ignored]
+    if not any(each.num_files for each in found):
         raise _none_found(folder, extensions, what)
-    return tuple(sorted(found, key=lambda summary: summary.folder))
+    return tuple(sorted(found, key=lambda each: each.folder))
 
 
-def list_folder(location: str | None, name: str, extensions: tuple[str, ...], what: str) -> Listing:
-    """One folder of a source. Raises `SourceError`."""
+def list_folder(
+    location: str | None, name: str, extensions: tuple[str, ...], what: str
+) -> tuple[FolderSummary, list[tuple[str, int]]]:
+    """One folder of a source, and (name, bytes) of its wanted files by name. Raises `SourceError`."""
     folder = place_of(location, what)
+    files: list[tuple[str, int]] = []
     try:
-        return _list(folder, name, extensions)[0]
+        summary, _ = _list(folder, name, extensions, lambda _, file, size: files.append((file, size)))
     except (OSError, pa.ArrowException) as error:
         raise _unlisted(folder, what, error) from error
+    return summary, sorted(files)
+
+
+def identity_of(files: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """What some files are, for a fingerprint: how many, and the hash of their names and sizes."""
+    return {"num_files": len(files), "files": hash_json([[readable(name), size] for name, size in files])}
 
 
 def _endings(extensions: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -110,47 +122,52 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-def _walk(folder: Folder, endings: tuple[str, ...], what: str) -> Iterator[Listing]:
-    """All folders of a source, level by level. Links to folders are followed, a loop is not."""
+def _walk(
+    folder: Folder, endings: tuple[str, ...], what: str, keep: Callable[[str, str, int], None] = lambda *_: None
+) -> Iterator[FolderSummary]:
+    """All folders of a source, level by level. Links to folders are followed, but for one to a folder above it."""
     if folder.is_local and not Path(folder.uri).is_dir():
         raise SourceError(f"expected {what} at {folder.uri}, found no such folder; name it with --source PATH")
-    seen: set[Path] = set()
     level = [""]
     try:
         while level:
             below: list[str] = []
             for start in range(0, len(level), _LISTINGS):
                 names = level[start : start + _LISTINGS]
-                for listing, folders in concurrently(lambda name: _list(folder, name, endings), names, folder):
-                    yield listing
+                found = concurrently(lambda name: _list(folder, name, endings, keep), names, folder)
+                for summary, folders in found:
+                    yield summary
                     below += folders
-            level = [name for name in sorted(below) if _is_new(folder, name, seen)]
+            level = [name for name in sorted(below) if not _is_loop(folder, name)]
     except (OSError, pa.ArrowException) as error:
         raise _unlisted(folder, what, error) from error
 
 
-def _is_new(folder: Folder, name: str, seen: set[Path]) -> bool:
-    if not folder.is_local:
-        return True
-    place = (Path(folder.uri) / name).resolve()
-    new = place not in seen and place != Path(folder.uri).resolve()
-    seen.add(place)
-    return new
+def _is_loop(folder: Folder, name: str) -> bool:
+    place = Path(folder.uri) / name
+    if not folder.is_local or not place.is_symlink():
+        return False
+    above = place.parents[: name.count("/") + 1]
+    return place.resolve() in {parent.resolve() for parent in above}
 
 
-def _list(folder: Folder, name: str, endings: tuple[str, ...]) -> tuple[Listing, list[str]]:
-    """(what lies in one folder, the folders in it), without what is hidden by a dot."""
-    files, folders, ignored = [], [], Counter()
+def _list(
+    folder: Folder, name: str, endings: tuple[str, ...], keep: Callable[[str, str, int], None]
+) -> tuple[FolderSummary, list[str]]:
+    """(what lies in one folder, the folders in it), without what is hidden by a dot. keep(folder, name, bytes) is
+    called for each wanted file."""
+    digest, folders, ignored = _Digest(), [], Counter()
     for found, size in _entries(folder, name):
         if found.startswith("."):
             continue
         if size is None:
             folders.append(_join(name, found))
         elif found.lower().endswith(endings):
-            files.append((found, size))
+            digest.add(found, size)
+            keep(name, found, size)
         else:
             ignored[extension_of(found)] += 1
-    return Listing(name, sorted(files), ignored), folders
+    return FolderSummary(name, digest.count, digest.text, ignored), folders
 
 
 def extension_of(name: str) -> str:
@@ -240,6 +257,10 @@ class SourceFile(_Positioned):
             file = _opened(folder, name)
             self._file, self._size = file, file.size()
 
+    @property
+    def is_remote(self) -> bool:
+        return self._file is not None
+
     def size(self) -> int:
         return self._size
 
@@ -265,6 +286,8 @@ class SourceFile(_Positioned):
                 more := os.pread(self._local, expected - len(data), offset + len(data))
             ):
                 data += more  # one call reads 2 GiB at most
+            if len(data) != expected:
+                raise OSError(f"{len(data)} of {expected} bytes of {self.place} came: it is cut while it is read")
             return data
         return retry(lambda: self._complete(self._file, expected, offset))
 
@@ -282,19 +305,23 @@ class SourceFile(_Positioned):
 
 
 class Window(_Positioned):
-    """A stretch of a file as a file of its own, read in blocks, so that a header and what follows are one request."""
+    """A stretch of a file as a file of its own, read in blocks, so that a header and what follows are one request.
 
-    def __init__(self, file: SourceFile, start: int, size: int) -> None:
+    most: bytes that may be read at once. A header that claims more raises tarfile.ReadError and takes no memory."""
+
+    def __init__(self, file: SourceFile, start: int, size: int, most: int) -> None:
         super().__init__()
-        self._file, self._start, self._size = file, start, size
+        self._file, self._start, self._size, self._most = file, start, size, most
         self._block, self._block_start = b"", 0
 
     def read(self, size: int = -1) -> bytes:
         left = max(0, self._size - self._position)
         count = left if size is None or size < 0 else min(size, left)
+        if count > self._most:
+            raise tarfile.ReadError(f"a header of {count} bytes, more than {self._most}")
         within = self._position - self._block_start
         if not 0 <= within <= len(self._block) - count:
-            stretch = min(left, max(count, _BLOCK_BYTES))
+            stretch = min(left, max(count, _BLOCK_BYTES if self._file.is_remote else 0))
             self._block, self._block_start = self._file.read_at(self._start + self._position, stretch), self._position
             within = 0
         data = self._block[within : within + count]

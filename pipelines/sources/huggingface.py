@@ -16,16 +16,18 @@ from pipelines.sources.base import (
     SourceError,
     SourceItem,
     check_fraction,
+    left_out,
     number_by_name,
     parts_of,
     readable,
     split_by_fraction,
 )
-from pipelines.sources.files import list_files, place_of
+from pipelines.sources.files import identity_of, list_files, place_of
 from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group
 from vqvae_core.storage import Folder
 
 _IMAGES = ("image", "img")
+_LABELS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
 _WHAT = "Parquet files with images"
 
 
@@ -58,12 +60,15 @@ class HuggingFaceSource:
         image_column(open_parquet(self._folder, name), _IMAGES, f"{self.path}/{name}")
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "huggingface", "files": [list(entry) for entry in self._files()]}
+        return {"kind": "huggingface", **identity_of(self._files())}
 
     def parts(self) -> list[Part]:
         return parts_of(self._files())
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        if part.locator["left_out"]:
+            yield left_out(part)
+            return
         file = open_parquet(self._folder, part.name)
         image_column(file, _IMAGES, f"{self.path}/{part.name}")
         classes = self._classes(file)
@@ -97,10 +102,11 @@ class HuggingFaceSource:
 
     def _levels(self, part: Part, file: pq.ParquetFile, group: int, classes: list[str] | None) -> list[str | None]:
         column = read_group(self._folder, part.name, file, group, [self.label_column])[self.label_column]
-        if not (pa.types.is_integer(column.type) or pa.types.is_string(column.type) or pa.types.is_null(column.type)):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if not any(test(kind) for test in _LABELS):
             raise SourceError(
                 f"expected whole numbers or strings in `{self.label_column}` of {self.path}/{part.name}, found "
-                f"{column.type}; name another column with --data.label-column"
+                f"{kind}; name another column with --data.label-column"
             )
         return [None if _fault(value, classes) else _level(value, classes) for value in column.to_pylist()]
 
@@ -127,7 +133,7 @@ class HuggingFaceSource:
             if labels is not None:
                 fault = fault or _fault(labels[number], classes)
             facts = {
-                "source": f"{name}#{entry.name[-8:]}",
+                "source": readable(f"{name}#{entry.name[-8:]}"),
                 **({"path": path.replace("\\", "/").rpartition("/")[2]} if path else {}),
             }
             yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)

@@ -15,13 +15,14 @@ from pipelines.sources.base import (
     SourceError,
     SourceItem,
     check_fraction,
+    left_out,
     number_by_name,
     parts_of,
     readable,
     relative,
     split_by_fraction,
 )
-from pipelines.sources.files import list_files, place_of
+from pipelines.sources.files import identity_of, list_files, place_of
 from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group
 from vqvae_core.storage import Folder
 
@@ -73,12 +74,15 @@ class RecordedFramesSource:
         self._open(self._files()[0][0])
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "recorded_frames", "files": [list(entry) for entry in self._files()]}
+        return {"kind": "recorded_frames", **identity_of(self._files())}
 
     def parts(self) -> list[Part]:
         return parts_of(self._files())
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        if part.locator["left_out"]:
+            yield left_out(part)
+            return
         file = self._open(part.name)
         for group in range(file.num_row_groups):
             table = read_group(self._folder, part.name, file, group, _FRAME)

@@ -11,6 +11,7 @@ MAX_MEMBER_BYTES = 256 << 20  # of one picture; a larger member is not read
 LINK = -1  # in the place of the size of a link, whose contents are elsewhere
 _SMALL_BYTES = 1 << 20  # of a label
 _STRETCH_BYTES = 1 << 16
+_KEPT_BYTES = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ def members(
     wanted: whether the contents of a member of this name are read too, where they are small.
     """
     size = file.size() - start if size is None else size
-    window = Window(file, start, size)
+    window = Window(file, start, size, most=_SMALL_BYTES)
     try:
         # The encoding is named: the default follows the locale.
         with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
@@ -84,7 +85,14 @@ def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> 
             yield SourceItem(position=entry.position, fault="no image: it is a link inside the archive")
         elif entry.num_bytes > MAX_MEMBER_BYTES:
             fault = f"too many bytes: {entry.num_bytes} are more than {MAX_MEMBER_BYTES}"
-            sha256 = hash_range(file, entry.offset, entry.num_bytes)
+            # The index keeps sizes up to 2 GiB.
+            sha256 = "" if entry.num_bytes >= _KEPT_BYTES else hash_range(file, entry.offset, entry.num_bytes)
             yield SourceItem(position=entry.position, fault=fault, sha256=sha256)
         else:
-            yield SourceItem(position=entry.position, image=next(data))
+            image = next(data)
+            if len(image) != entry.num_bytes:
+                raise SourceError(
+                    f"expected {entry.num_bytes} bytes at {entry.offset} of {file.place}, found {len(image)}: it "
+                    "changed since it was indexed; run it again when nobody writes there"
+                )
+            yield SourceItem(position=entry.position, image=image)

@@ -17,12 +17,13 @@ from pipelines.sources.base import (
     RunIndex,
     SourceItem,
     check_fraction,
+    left_out,
     number_by_name,
     parts_of,
     readable,
     split_by_fraction,
 )
-from pipelines.sources.files import extension_of, list_files, open_source, place_of
+from pipelines.sources.files import extension_of, identity_of, list_files, open_source, place_of
 from pipelines.sources.tars import LINK, Member, members, read_members
 from vqvae_core.storage import Folder
 
@@ -57,12 +58,15 @@ class WebDatasetSource:
         open_source(self._folder, self._files()[0][0]).close()
 
     def identity(self) -> dict[str, Any]:
-        return {"kind": "webdataset", "files": [list(entry) for entry in self._files()]}
+        return {"kind": "webdataset", **identity_of(self._files())}
 
     def parts(self) -> list[Part]:
         return parts_of(self._files())
 
     def index(self, part: Part, spool: Folder) -> Iterator[RunIndex]:
+        if part.locator["left_out"]:
+            yield left_out(part)
+            return
         entries = []
         ignored: Counter[str] = Counter()
         with open_source(self._folder, part.name) as file:

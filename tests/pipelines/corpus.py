@@ -60,6 +60,7 @@ def corpus(marker: Path) -> dict[str, tuple[bytes, str]]:
         "bomb.png": (_claims(60_000, 60_000), "too large"),
         "megapixels.png": (_saved(Image.new("1", (20_000, 10_000)), "PNG"), "too large"),
         "rotated.jpg": (_rotated(), KEPT),
+        "corrupt_exif.jpg": (_saved(_picture(14), "JPEG", dpi=(72, 72), exif=b"Exif\0\0garbage"), KEPT),
         "corrupt_profile.jpg": (_saved(_picture(11), "JPEG", icc_profile=broken_profile), KEPT),
         "with.many.dots.png": (_saved(_picture(12), "PNG"), KEPT),
         "vector.ps.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n", "cannot be decoded"),

@@ -1,6 +1,7 @@
 """Each source by itself: what its index says, and what it reads."""
 
 import dataclasses
+import gzip
 import io
 import json
 import shutil
@@ -25,11 +26,12 @@ from pipelines.sources import (
     RecordedFramesSource,
     ViZDoomSource,
     WebDatasetSource,
+    base,
     class_folders,
     files,
     tars,
 )
-from pipelines.sources.base import RunIndex, SourceError, SourceItem, number_by_name, splits_of
+from pipelines.sources.base import RunIndex, SourceError, SourceItem, given_split, number_by_name, splits_of
 from pipelines.sources.files import forget_files
 from tests.pipelines.data import (
     WRITERS,
@@ -177,17 +179,139 @@ def test_a_file_too_large_to_hold_has_its_hash(tmp_path: Path, monkeypatch: pyte
 
 def test_a_test_split_beside_a_validation_split_is_left_out() -> None:
     assert splits_of(["a/train-0", "a/test-0"]) == {"a/train-0": "train", "a/test-0": "validation"}
-    assert splits_of(["train-0", "val-0", "test-0"]) == {"train-0": "train", "val-0": "validation"}
-    assert splits_of(["0.tar", "1.tar"]) is None
-    assert splits_of(["train-0", "train-1"]) is None
+    assert splits_of(["train-0", "val-0", "test-0"]) == {"train-0": "train", "val-0": "validation", "test-0": None}
+    assert splits_of(["a-0", "b-0"]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("default/train/0000.parquet", "train"),
+        ("en/validation/train_part.parquet", "train"),
+        ("imagenet1k-validation-00.tar", "validation"),
+        ("val.tar", "validation"),
+        ("a/test/0.tar", "test"),
+        ("valley.tar", None),
+        ("trainer-0.tar", None),
+        ("latest.tar", None),
+        ("0000.parquet", None),
+    ],
+)
+def test_the_split_that_a_name_says(name: str, split: str | None) -> None:
+    assert given_split(name) == split
+
+
+def test_splits_by_folders_of_files(tmp_path: Path) -> None:
+    write_huggingface(tmp_path / "flat")
+    for old, new in (("train-00000-of-00002", "train/0"), ("train-00001-of-00002", "train/1"),
+                     ("validation-00000-of-00001", "test/0")):  # fmt: skip
+        (tmp_path / "s" / new).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "flat" / f"{old}.parquet").rename(tmp_path / "s" / f"{new}.parquet")
+    found = indexed(HuggingFaceSource(path=str(tmp_path / "s")), tmp_path)
+    assert (count(found, "train"), count(found, "validation")) == (28, 14)
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "webdataset", "recorded_frames"])
+def test_files_that_do_not_say_their_split_and_those_left_out(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path / "a")
+    first = min((tmp_path / "a").iterdir())
+    (tmp_path / "s").mkdir()
+    for name in ("train-0", "val-0", "test-0"):
+        shutil.copy(first, tmp_path / "s" / f"{name}{first.suffix}")
+    found = indexed(SOURCES[kind](path=str(tmp_path / "s")), tmp_path)
+    assert sum((Counter(each.ignored) for each in found), Counter())["test split"] == 1
+    assert count(found, "train") == count(found, "validation") > 0
+    shutil.copy(first, tmp_path / "s" / f"extra{first.suffix}")
+    with pytest.raises(SourceError, match="1 have none, for example extra.*: rename them or move them away"):
+        SOURCES[kind](path=str(tmp_path / "s")).parts()
+
+
+def test_images_of_a_test_folder_are_counted(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, splits=("train", "val", "test"))
+    found = indexed(ClassFoldersSource(path=str(tmp_path)), tmp_path)
+    assert count(found) == 24
+    assert sum((Counter(each.ignored) for each in found), Counter()) == {"test split": 12}
 
 
 def test_links_to_folders_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     write_class_folders(tmp_path / "far")
-    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "ant").mkdir(parents=True)
+    (tmp_path / "near" / "ant" / "1.png").write_bytes(b"x")
     (tmp_path / "near" / "cat").symlink_to(tmp_path / "far" / "cat")
+    (tmp_path / "near" / "again").symlink_to("ant")  # another name of a class, before it by name
     (tmp_path / "near" / "loop").symlink_to(tmp_path / "near")
-    assert count(indexed(ClassFoldersSource(path=str(tmp_path / "near")), tmp_path)) == 6
+    (tmp_path / "near" / "ant" / "up").symlink_to("..")
+    found = indexed(ClassFoldersSource(path=str(tmp_path / "near")), tmp_path)
+    assert levels(found) == {"again", "ant", "cat"}
+    assert count(found) == 8
+
+
+@pytest.mark.parametrize("kind", ["class_folders", "imagenet", "webdataset"])
+def test_a_file_that_is_cut_after_it_was_indexed_rejects_no_image(tmp_path: Path, kind: str) -> None:
+    WRITERS[kind](tmp_path)
+    source = SOURCES[kind](path=str(tmp_path))
+    found = indexed(source, tmp_path)
+    for path in tmp_path.rglob("*.*"):
+        if path.suffix in (".tar", ".png"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(SourceError, match="it changed since it was .*; run it again when nobody writes there"):
+        for each in found:
+            read(source, each, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_a_header_that_claims_very_much(tmp_path: Path, kind: bytes) -> None:
+    """A pax header (x) or a long name (L), which a reader holds in memory as a whole."""
+    member = tarfile.TarInfo("h")
+    member.type, member.size = kind, 1 << 33
+    with (tmp_path / "0.tar").open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(1 << 34)  # takes no room
+    with pytest.raises(SourceError, match="expected a complete tar at 0.tar, found: a header of .* bytes, more than"):
+        indexed(WebDatasetSource(path=str(tmp_path)), tmp_path)
+
+
+def test_labels_as_other_writers_have_them(tmp_path: Path) -> None:
+    image = pa.array([{"bytes": b"x", "path": ""}] * 3)
+    for name, labels in {
+        "large": pa.array(["b", "a", "b"], pa.large_string()),
+        "category": pa.array(["b", "a", "b"]).dictionary_encode(),
+    }.items():
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.table({"image": image, "label": labels}), tmp_path / name / "0.parquet")
+        assert levels(indexed(HuggingFaceSource(path=str(tmp_path / name)), tmp_path)) == {"a", "b"}
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    write_huggingface(tmp_path)
+    odd = tmp_path / b"train-caf\xe9.parquet".decode("utf-8", "surrogateescape")
+    (tmp_path / "train-00000-of-00002.parquet").rename(odd)
+    source = HuggingFaceSource(path=str(tmp_path))
+    found = indexed(source, tmp_path)
+    for each in found:
+        for item in read(source, each, tmp_path):
+            item.facts["source"].encode()
+    json.dumps(source.identity()).encode()
+
+
+def test_a_batch_twice_in_the_archive(tmp_path: Path) -> None:
+    batch = bytes(3073)
+    names = ("data_batch_1", "test_batch", "other/data_batch_1")
+    data = gzip.compress(tar_of([(f"{name}.bin", batch) for name in names]))
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(data)
+    with pytest.raises(SourceError, match="expected each batch once .*, found data_batch_1.bin twice"):
+        indexed(Cifar10Source(path=str(tmp_path)), tmp_path)
+
+
+def test_negative_labels_are_none() -> None:
+    assert number_by_name({"-1", "0", "1"}) == {"0": 0, "1": 1}
+
+
+def test_captions_are_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "MAX_LABELS", 3)
+    with pytest.raises(SourceError, match="expected at most 3 different labels, found 4, for example 'a'; is it"):
+        number_by_name(set("abcd"))
 
 
 @pytest.mark.parametrize("names", [True, False])

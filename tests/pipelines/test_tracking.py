@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.tracking import Tracker
+from vqvae_core.artifacts import commit
 from vqvae_core.storage import Folder
 
 
@@ -30,3 +31,17 @@ def test_an_s3_root_without_a_server_is_told(capsys: pytest.CaptureFixture[str],
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     Tracker(Folder.of("s3://bucket/root"), "name", {}, "f")
     assert "set MLFLOW_TRACKING_URI to a server" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_labels_are_no_metrics_and_names_fit_the_store(tmp_path: Path) -> None:
+    """Names of classes have commas and brackets, which would turn tracking off; and there may be 20,000."""
+    facts = {"label_map": {"tench, Tinca tinca": 0}, "rejects": {"cannot be (odd), decoded": 2}}
+    artifact = commit(Folder.of(tmp_path / "shard-1"), kind="K", stage="s", stage_version=1, fingerprint="f", recipe={},
+                      inputs={}, files=[], facts=facts, provenance={"seconds": 1.0, "work_seconds": 0.5})  # fmt: skip
+    tracker = Tracker(Folder.of(tmp_path), "name", {}, "f")
+    run = tracker.stage("shard", "w", {}, {})
+    run.finish(artifact)
+    assert run.run_id is not None
+    logged = tracker.client.get_run(run.run_id).data.metrics
+    assert logged == {"final.rejects.cannot be _odd__ decoded": 2, "seconds": 1.0, "work_seconds": 0.5}

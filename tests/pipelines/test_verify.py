@@ -180,6 +180,8 @@ def test_a_table_of_files_that_is_not_the_manifests(tmp_path: Path) -> None:
         ({"data": encode(frame(0, 24), "png")}, "k0: expected 16 x 16 pixels, found 24 x 24"),
         ({"data": b"broken"}, "k0: cannot be decoded"),
         ({"facts": {"label": 2}}, "k0: expected a label of the label map, found 2"),
+        ({"facts": {"label": "1"}}, "k0: expected a label of the label map, found 1"),
+        ({"image_format": "webp"}, "k0: expected a .png, found a .webp"),
     ],
 )
 def test_samples_that_were_made_wrong(tmp_path: Path, changes: dict, said: str) -> None:
@@ -200,5 +202,8 @@ def test_tokens_of_another_model_or_shape(tmp_path: Path) -> None:
                           dataclasses.replace(SHAPE, num_codes=9), "m" * 64)  # fmt: skip
     (fault,) = faults(tokens_artifact(tmp_path / "b", train_000001=other))
     assert fault == "train-000001.parquet: expected tokens of G=1, H=2, K=8, W=2, found G=1, H=2, K=9, W=2"
+    labelled = write_parquet(["k6", "k7", "k8", "k9"], [0, 0, 3, None], np.zeros((4, 2, 2, 1), int), SHAPE, "m" * 64)
+    (fault,) = faults(tokens_artifact(tmp_path / "d", train_000001=labelled))
+    assert fault == "train-000001.parquet: expected labels of the label map, found 3 in 1 rows or more"
     (fault,) = faults(tokens_artifact(tmp_path / "c", validation_000000=tokens(range(10, 15))))
     assert fault == "validation-000000.parquet: expected 4 samples, found 5"

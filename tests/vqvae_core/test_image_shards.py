@@ -86,3 +86,15 @@ def test_an_image_without_its_facts() -> None:
         tar.addfile(member, io.BytesIO())
     with pytest.raises(ArtifactError, match="expected x.json at the end of here"):
         list(read_tar(buffer.getvalue(), "here"))
+
+
+@pytest.mark.parametrize("facts", [b"[1]", b"{", b"[" * 100_000])
+def test_facts_that_are_no_object(facts: bytes) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in (("x.png", b"p"), ("x.json", facts)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(ArtifactError, match="expected a JSON object in x.json of here"):
+        list(read_tar(buffer.getvalue(), "here"))
