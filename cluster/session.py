@@ -16,7 +16,9 @@ class Session:
     with all its CPUs, without a dashboard. Ray's own ports listen on the node's address, behind its token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_cpus: int | None = None) -> None:
+        """num_cpus: how many a cluster on this machine has, all of them where it is None."""
+        self._num_cpus = num_cpus
         self._ray: Any = None
         self._owner = False
 
@@ -35,11 +37,14 @@ class Session:
             # Ray's own lines about its logs and metrics are not this program's output.
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+            # A task that is too large for memory ends, where Ray would try it for ever.
+            os.environ.setdefault("RAY_task_oom_retries", "3")
             import ray
 
             if not ray.is_initialized():
                 ray.init(
                     address=os.environ.get("RAY_ADDRESS") or "local",
+                    num_cpus=None if os.environ.get("RAY_ADDRESS") else self._num_cpus,
                     include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,

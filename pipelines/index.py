@@ -95,7 +95,7 @@ def _build(pipeline: Pipeline, source: AnySource, space: Workspace) -> Made:
     spec = {"folder": space.folder.uri, "work": space.work, "source": source_to_json(source)}
     batches = [parts[start : start + _PARTS_PER_FILE] for start in range(0, len(parts), _PARTS_PER_FILE)]
     names = [f"index-{number:06d}" for number in range(len(batches))]
-    done = space.finished_among(names)
+    done = {name for name, there in zip(names, space.finished_parts(names), strict=True) if there}
     jobs = (
         {**spec, "name": name, "parts": [asdict(part) for part in batch]}
         for name, batch in zip(names, batches, strict=True)

@@ -115,16 +115,19 @@ class _Build:
                 f"expected images to train on, the source has {int(self._index.counts().sum())} images and none in "
                 "the train split"
             )
-        names = [shard.name for group in range(plan.num_groups) for shard in plan.shards(group)]
-        done = space.finished_among(names)
-        missing = [shard for group in range(plan.num_groups) for shard in plan.shards(group) if shard.name not in done]
-        num_missing = sum(shard.count for shard in missing)
+        # Shards one by one and never all of them: there may be millions.
+        done = space.finished_parts(shard.name for shard in self._shards())
+        num_missing = sum(shard.count for shard, there in zip(self._shards(), done, strict=True) if not there)
         self._check_space(num_missing)
+        missing = itertools.compress(self._shards(), ~done)
         with Progress("shard", plan.num_images, "images", done=plan.num_images - num_missing) as progress:
             for number, shards in itertools.groupby(missing, key=lambda shard: shard.group):
                 self._make_group(number, list(shards), progress)
         space.folder.delete_folder(STAGING)
-        return self._collect(names)
+        return self._collect()
+
+    def _shards(self) -> Iterator[PlannedShard]:
+        return itertools.chain.from_iterable(map(self._plan.shards, range(self._plan.num_groups)))
 
     def _check_space(self, num_images: int) -> None:
         # Half of the raw pixels without loss, a quarter as JPEG: frames take less, noise more.
@@ -178,7 +181,7 @@ class _Build:
         shards = list(self._plan.shards(group.number))
         batches = group.batches(shards)
         names = [f"g{group.number:06d}-{number:06d}" for number in range(len(batches))]
-        done = self._space.finished_among(names, STAGING)
+        done = set(itertools.compress(names, self._space.finished_parts(names, STAGING)))
         total = sum(shard.count for shard in shards)
 
         def jobs() -> Iterator[dict[str, Any]]:
@@ -214,11 +217,12 @@ class _Build:
                 f"(--shard.max-rejected-fraction), found {len(self._rejected)} so far: {first}"
             )
 
-    def _collect(self, names: list[str]) -> Made:
+    def _collect(self) -> Made:
         """The files and facts, out of all sidecars: those of an earlier run as well."""
         rejects: list[list[str]] = []
         report = DataReport()
-        files = FileTable.of(self._gather(sorted(names), report, rejects))
+        files = FileTable.of(self._gather(report, rejects))
+        rejects.sort()
         self._rejected = []
         self._check(rejects)
         splits = dict(_splits(files))
@@ -244,9 +248,9 @@ class _Build:
         more = [FileEntry.of(name, data, rows=rows) for name, data, rows in extra]
         return Made(itertools.chain(files.values(), more), facts, self._clock.seconds)
 
-    def _gather(self, names: list[str], report: DataReport, rejects: list[list[str]]) -> Iterator[FileEntry]:
+    def _gather(self, report: DataReport, rejects: list[list[str]]) -> Iterator[FileEntry]:
         """The files of the shards, one by one; what else their sidecars say is added to the report and the rejects."""
-        for record in self._space.records(names):
+        for record in self._space.records(shard.name for shard in self._shards()):
             rejects += record["rejects"]
             report.rejects.update(_kind(reject[2]) for reject in record["rejects"])
             report.add(record["name"].split("-")[0], record["images"])
@@ -286,8 +290,9 @@ def _splits(files: FileTable) -> Iterator[tuple[str, dict[str, int]]]:
 
 @dataclass(frozen=True)
 class _Group:
-    """One group of the plan with its images. shard: int64 (N,), the number of each image's shard in the group, -1 for
-    one that is left out; place: its place in that shard."""
+    """One group of the plan with its images, at most 64 bytes each. shard: int32 (N,), the number of each image's shard
+    in the group, -1 for one that is left out; place: its place in that shard; order: of each split, its images in the
+    order of its shards."""
 
     number: int
     entries: Entries
@@ -300,10 +305,10 @@ class _Group:
     def load(cls, index: SourceIndex, plan: Plan, number: int) -> "_Group":
         entries = index.entries(plan.runs_of(number))
         validation = entries.table["validation"].to_numpy()
-        shard, place = np.full(len(validation), -1), np.full(len(validation), -1)
+        shard, place = np.full(len(validation), -1, np.int32), np.full(len(validation), -1, np.int32)
         order, first = [], 0
         for split in range(2):
-            images = np.flatnonzero(validation == bool(split))[plan.order(number, split)]
+            images = np.flatnonzero(validation == bool(split)).astype(np.int32)[plan.order(number, split)]
             numbers = np.arange(len(images))
             shard[images] = first + numbers // plan.images_per_shard
             place[images] = numbers % plan.images_per_shard
@@ -317,7 +322,7 @@ class _Group:
 
     def batches(self, shards: list[PlannedShard]) -> list[np.ndarray]:
         """Rows of `entries`, cut at the ends of runs into what one staging task reads: some images for each shard, so
-        that the second pass reads stretches and not single images, and no more than fit in memory."""
+        that the second pass reads stretches and not single images. A run is never cut, it is read in one go."""
         wanted = np.flatnonzero(self.shard >= 0)
         runs = self.entries.table["run"].to_numpy()[wanted]
         size = int(np.clip(8 * len(shards), 512, 16384))

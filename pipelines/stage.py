@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster.session import Session
 from pipelines.config import Resources
 from pipelines.tracking import StageRun, Tracker
@@ -25,6 +27,7 @@ _ENCODERS_PER_NODE = 8
 _ENCODER_DEATHS = 3
 _WORKER_DEATHS = 10  # of one task, lost nodes among them: an image that kills its worker must not do so for ever
 _JOBS_PER_TASK = 8
+_SIDECARS = 1024  # read together
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
 
 
@@ -49,28 +52,36 @@ class Workspace:
         """The record of a part (a shard) that an earlier run of the same job finished, if its file is still there."""
         return read_sidecar(self.folder, self.work, name)
 
-    def finished_among(self, names: Sequence[str], below: str = "") -> set[str]:
-        """The names of finished parts. One listing, then one read for each sidecar that is there, many at a time."""
+    def finished_parts(self, names: Iterable[str], below: str = "") -> np.ndarray:
+        """bool (len(names),): which parts are finished. One listing, then one read for each sidecar that is there, many
+        at a time. Names may come one by one: there may be millions."""
         there = set((self.folder / below if below else self.folder).list("sidecars"))
-        candidates = [name for name in names if f"{name}.json" in there]
-        done = set()
-        for name, record in zip(candidates, self._read(candidates, below), strict=True):
-            if record is not None:
-                done.add(name)
-        return done
+        done = []
+        for chunk in _chunks(names):
+            candidates = [number for number, name in enumerate(chunk) if f"{name}.json" in there]
+            found = self._read([chunk[number] for number in candidates], below)
+            mine = np.zeros(len(chunk), bool)
+            mine[[number for number, record in zip(candidates, found, strict=True) if record is not None]] = True
+            done.append(mine)
+        return np.concatenate([*done, np.zeros(0, bool)])
 
-    def records(self, names: Sequence[str], below: str = "") -> Iterator[dict[str, Any]]:
+    def records(self, names: Iterable[str], below: str = "") -> Iterator[dict[str, Any]]:
         """The records of finished parts, in order. Raises RuntimeError where one is missing."""
-        for name, record in zip(names, self._read(names, below), strict=True):
-            if record is None:
-                raise RuntimeError(f"{name} is missing after the fan-out")
-            yield record
+        for chunk in _chunks(names):
+            for name, record in zip(chunk, self._read(chunk, below), strict=True):
+                if record is None:
+                    raise RuntimeError(f"{name} is missing after the fan-out")
+                yield record
 
-    def _read(self, names: Sequence[str], below: str) -> Iterator[dict[str, Any] | None]:
+    def _read(self, names: Sequence[str], below: str) -> list[dict[str, Any] | None]:
         folder = self.folder / below if below else self.folder
-        for start in range(0, len(names), 1024):
-            yield from concurrently(lambda name: read_sidecar(folder, self.work, name), names[start : start + 1024],
-                                    folder)  # fmt: skip
+        return concurrently(lambda name: read_sidecar(folder, self.work, name), names, folder)
+
+
+def _chunks(names: Iterable[str]) -> Iterator[list[str]]:
+    waiting = iter(names)
+    while chunk := list(itertools.islice(waiting, _SIDECARS)):
+        yield chunk
 
 
 def sidecar_name(name: str) -> str:
@@ -200,12 +211,12 @@ def fan_out(
     Jobs are taken in waves, so that they may be made while earlier ones run and need not fit in memory together. Jobs
     and results are JSON. An `InputError` of a task is raised here, not as Ray's.
     """
-    for wave in _waves(session, jobs):
+    for wave in _waves(session, (json.dumps(job) for job in jobs)):
         yield from _fan_out(session, task, wave)
 
 
-def _waves(session: Session, jobs: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Jobs by some dozens for each CPU: enough that the end of a wave, where CPUs wait, is short beside it."""
+def _waves(session: Session, jobs: Iterable[str]) -> Iterator[list[str]]:
+    """Jobs (JSON) by some dozens for each CPU: enough that the end of a wave, where CPUs wait, is short beside it."""
     waiting = iter(jobs)
     first = list(itertools.islice(waiting, 1))
     if not first:
@@ -217,14 +228,13 @@ def _waves(session: Session, jobs: Iterable[dict[str, Any]]) -> Iterator[list[di
 
 
 def _fan_out(
-    session: Session, task: Callable[[dict[str, Any]], dict[str, Any]], jobs: Sequence[dict[str, Any]]
+    session: Session, task: Callable[[dict[str, Any]], dict[str, Any]], jobs: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     import ray.data
     from ray.exceptions import RayError
 
     _quiet()
-    bundles = list(_bundles(jobs, session.num_cpus()))
-    rows = [{"jobs": json.dumps(bundle)} for bundle in bundles]
+    rows = [{"jobs": f"[{','.join(bundle)}]"} for bundle in _bundles(jobs, session.num_cpus())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # max_retries has no other way in, yet
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task), max_retries=_WORKER_DEATHS)
@@ -243,7 +253,7 @@ def _fan_out(
         raise root_cause(error) from error
 
 
-def _bundles(jobs: Sequence[dict[str, Any]], num_cpus: int) -> Iterator[Sequence[dict[str, Any]]]:
+def _bundles(jobs: Sequence[str], num_cpus: int) -> Iterator[Sequence[str]]:
     """Jobs for one task each: some at first, since a CPU waits for 0.15 s between two tasks; single ones in the end, so
     that all CPUs are done at about the same time."""
     start = 0
@@ -373,10 +383,12 @@ def encode_shards(
 
 def _is_death(error: BaseException) -> bool:
     """A process or node ended, which says nothing about the work."""
-    from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
     causes = (error, getattr(error, "cause", None), error.__cause__, root_cause(error))
-    return any(isinstance(cause, RayActorError | WorkerCrashedError | NodeDiedError) for cause in causes)
+    return any(
+        isinstance(cause, RayActorError | WorkerCrashedError | NodeDiedError | OutOfMemoryError) for cause in causes
+    )
 
 
 def _encode_shards(

@@ -42,8 +42,9 @@ def tokenize_images(pipeline: Pipeline, images: ImageShards, model: Artifact) ->
 
 def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Workspace) -> Made:
     names = [path.removesuffix(".tar") for split in ("train", "validation") for path in images.shards(split)]
-    finished = space.finished_among(names)
-    missing = [name for name in names if name not in finished]
+    there = space.finished_parts(names)
+    missing = [name for name, done in zip(names, there, strict=True) if not done]
+    finished = [name for name, done in zip(names, there, strict=True) if done]
     total = sum(images.artifact.files[f"{name}.tar"].rows for name in names)
     done = sum(images.artifact.files[f"{name}.tar"].rows for name in finished)
     clock = WorkClock()

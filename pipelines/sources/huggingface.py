@@ -23,7 +23,7 @@ from pipelines.sources.base import (
     split_by_fraction,
 )
 from pipelines.sources.files import identity_of, list_files, place_of
-from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group
+from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group, read_rows
 from vqvae_core.storage import Folder
 
 _IMAGES = ("image", "img")
@@ -124,19 +124,21 @@ class HuggingFaceSource:
         file = open_parquet(self._folder, name)
         column = image_column(file, _IMAGES, f"{self.path}/{name}")
         columns = [column for column in (column, self.label_column) if column in file.schema_arrow.names]
-        table = read_group(self._folder, name, file, group, columns)
         classes = self._classes(file)
-        rows = table.take([entry.position for entry in entries])
-        labels = rows[self.label_column].to_pylist() if self.label_column in columns else None
-        for number, (entry, (image, path)) in enumerate(zip(entries, images_in(rows, column), strict=True)):
-            fault = "no bytes: the cell is empty" if not image else ""
-            if labels is not None:
-                fault = fault or _fault(labels[number], classes)
-            facts = {
-                "source": readable(f"{name}#{entry.name[-8:]}"),
-                **({"path": path.replace("\\", "/").rpartition("/")[2]} if path else {}),
-            }
-            yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)
+        waiting = iter(entries)
+        for rows in read_rows(self._folder, name, file, group, columns, [entry.position for entry in entries]):
+            labels = rows[self.label_column].to_pylist() if self.label_column in columns else None
+            for number, (image, path) in enumerate(images_in(rows, column)):
+                fault = "no bytes: the cell is empty" if not image else ""
+                if labels is not None:
+                    fault = fault or _fault(labels[number], classes)
+                yield self._item(next(waiting), name, image, path, fault)
+
+    def _item(self, entry: Entry, name: str, image: bytes, path: str | None, fault: str) -> SourceItem:
+        facts = {"source": readable(f"{name}#{entry.name[-8:]}")}
+        if path:
+            facts["path"] = path.replace("\\", "/").rpartition("/")[2]
+        return SourceItem(position=entry.position, image=image, facts=facts, fault=fault)
 
 
 def _fault(value: int | str | None, classes: list[str] | None) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -10,11 +11,14 @@ from pipelines.sources.base import SourceError
 from pipelines.sources.files import SourceFile, open_source
 from vqvae_core.storage import Folder
 
+_BUFFER_BYTES = 8 << 20  # of a column at a time: a row group may be larger than memory
+_ROWS = 64
+
 
 def open_parquet(folder: Folder, name: str) -> pq.ParquetFile:
     """Raises `SourceError` where the file is none."""
     try:
-        return pq.ParquetFile(_buffered(open_source(folder, name)), pre_buffer=False)
+        return pq.ParquetFile(_buffered(open_source(folder, name)), pre_buffer=False, buffer_size=_BUFFER_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(
             f"expected a Parquet file at {folder.uri}/{name}, it cannot be read: {str(error).splitlines()[0]}; "
@@ -31,10 +35,33 @@ def read_group(folder: Folder, name: str, file: pq.ParquetFile, group: int, colu
     try:
         return file.read_row_group(group, columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(
-            f"expected to read row group {group} of {folder.uri}/{name}, but: {str(error).splitlines()[0]}; "
-            "restore the file or move it out of the folder"
-        ) from error
+        raise _unreadable(folder, name, group, error) from error
+
+
+def _unreadable(folder: Folder, name: str, group: int, error: BaseException) -> SourceError:
+    return SourceError(
+        f"expected to read row group {group} of {folder.uri}/{name}, but: {str(error).splitlines()[0]}; "
+        "restore the file or move it out of the folder"
+    )
+
+
+def read_rows(
+    folder: Folder, name: str, file: pq.ParquetFile, group: int, columns: Sequence[str], rows: Sequence[int]
+) -> Iterator[pa.Table]:
+    """Some rows (ascending) of one row group, in tables of a few, so that large groups need little memory. Raises
+    `SourceError` where they cannot be read."""
+    wanted, begin = np.asarray(rows, np.int64), 0
+    batches = file.iter_batches(_ROWS, row_groups=[group], columns=list(columns), use_threads=False)
+    try:
+        for batch in batches:
+            mine = wanted[(wanted >= begin) & (wanted < begin + len(batch))] - begin
+            begin += len(batch)
+            if len(mine):
+                yield pa.Table.from_batches([batch]).take(pa.array(mine))
+            if not len(wanted) or begin > wanted[-1]:
+                return
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(folder, name, group, error) from error
 
 
 def image_column(file: pq.ParquetFile, names: Sequence[str], where: str) -> str:

@@ -23,7 +23,7 @@ from pipelines.sources.base import (
     split_by_fraction,
 )
 from pipelines.sources.files import identity_of, list_files, place_of
-from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group
+from pipelines.sources.parquet import image_column, images_in, open_parquet, read_group, read_rows
 from vqvae_core.storage import Folder
 
 _FRAME = ("level", "episode", "step")
@@ -102,13 +102,13 @@ class RecordedFramesSource:
 
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         name, group = run.locator["file"], run.locator["group"]
-        rows = read_group(self._folder, name, self._open(name), group, ["image", *_FRAME])
-        rows = rows.take([entry.position for entry in entries])
-        values = zip(*(rows[column].to_pylist() for column in _FRAME), strict=True)
-        images = images_in(rows, "image")
-        for entry, (image, path), (level, episode, step) in zip(entries, images, values, strict=True):
-            missing = [column for column, value in zip(_FRAME, (level, episode, step), strict=True) if value is None]
-            missing += [] if image else ["bytes"]
-            fault = f"no {', '.join(missing)}: the cell is empty" if missing else ""
-            facts = {"episode": episode, "step": step, "source": path and relative(path)}
-            yield SourceItem(position=entry.position, image=image, facts=facts, fault=fault)
+        columns, positions = ["image", *_FRAME], [entry.position for entry in entries]
+        waiting = iter(entries)
+        for rows in read_rows(self._folder, name, self._open(name), group, columns, positions):
+            values = zip(*(rows[column].to_pylist() for column in _FRAME), strict=True)
+            for (image, path), (level, episode, step) in zip(images_in(rows, "image"), values, strict=True):
+                found = zip(_FRAME, (level, episode, step), strict=True)
+                missing = [column for column, value in found if value is None] + ([] if image else ["bytes"])
+                fault = f"no {', '.join(missing)}: the cell is empty" if missing else ""
+                facts = {"episode": episode, "step": step, "source": path and relative(path)}
+                yield SourceItem(position=next(waiting).position, image=image, facts=facts, fault=fault)

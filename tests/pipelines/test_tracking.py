@@ -40,6 +40,7 @@ def test_labels_are_no_metrics_and_names_fit_the_store(tmp_path: Path) -> None:
     artifact = commit(Folder.of(tmp_path / "shard-1"), kind="K", stage="s", stage_version=1, fingerprint="f", recipe={},
                       inputs={}, files=[], facts=facts, provenance={"seconds": 1.0, "work_seconds": 0.5})  # fmt: skip
     tracker = Tracker(Folder.of(tmp_path), "name", {}, "f")
+    tracker.start()
     run = tracker.stage("shard", "w", {}, {})
     run.finish(artifact)
     assert run.run_id is not None
