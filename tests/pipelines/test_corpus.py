@@ -238,6 +238,16 @@ def test_shards_made_under_a_wider_limit_are_not_passed_on_silently(tmp_path: Pa
     assert again.artifact.manifest == images.artifact.manifest
 
 
+def test_the_first_ten_rejects_are_shown(tmp_path: Path) -> None:
+    write("class_folders", tmp_path / "s", {f"{number:02d}.png": b"broken" for number in range(30)})
+    config = dataclasses.replace(CONFIG, images_per_shard=64, max_rejected_fraction=0.1)
+    with pytest.raises(RejectedError, match="at most 3 rejected images of 31 .*, found 30 so far: ") as error:
+        make(tmp_path / "root", "class_folders", tmp_path / "s", config)
+    shown = [place for place in (f"train/a/{number:02d}.png" for number in range(30)) if place in str(error.value)]
+    assert shown == [f"train/a/{number:02d}.png" for number in range(10)]
+    assert not list((tmp_path / "root").glob("shard-*/manifest.json"))
+
+
 def test_images_without_any_label(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     for number in range(30):

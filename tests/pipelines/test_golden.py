@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines import sample, shard, tokenize_images, train_prior, train_vqvae
+from pipelines import index, sample, shard, tokenize_images, train_prior, train_vqvae
+from pipelines.sources import ImageNetSource
 from pipelines.tokenize_images import Encoder, read_shard
-from tests.pipelines.data import frame
-from vqvae_core.artifacts import Artifact, FileEntry, commit
+from tests.pipelines.data import frame, write_imagenet
+from vqvae_core.artifacts import Artifact, FileEntry, commit, hash_json
 from vqvae_core.checkpoint import save_model
 from vqvae_core.image_shards import Sample, write_tar
 from vqvae_core.images import encode
@@ -88,8 +90,20 @@ def golden() -> dict:
 
 
 def test_versions(golden: dict) -> None:
-    modules = (shard, train_vqvae, tokenize_images, train_prior, sample)
+    modules = (index, shard, train_vqvae, tokenize_images, train_prior, sample)
     assert {module.__name__.split(".")[1]: module.VERSION for module in modules} == golden["versions"]
+
+
+def test_index(tmp_path: Path, golden: dict) -> None:
+    write_imagenet(tmp_path / "s")
+    source = ImageNetSource(path=str(tmp_path / "s"))
+    parts = [dataclasses.asdict(part) for part in source.parts()]
+    job = {"folder": str(tmp_path / "i"), "work": "w", "name": "index-000000", "parts": parts,
+           "source": index.source_to_json(source)}  # fmt: skip
+    record = index.index_parts(job)
+    rows = pq.read_table(tmp_path / "i" / "index-000000.parquet").to_pylist()
+    values = [[row["name"].decode(), *[row[name] for name in list(row) if name != "name"]] for row in rows]
+    assert hash_json([values, record["runs"], record["levels"], record["ignored"]])[:12] == golden["index"]
 
 
 def test_tokenize(tmp_path: Path, golden: dict) -> None:

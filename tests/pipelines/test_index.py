@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from pipelines import index
+from pipelines.config import ShardConfig
 from pipelines.index import SourceIndex, index_parts, safe_key, source_to_json
-from pipelines.shard import key_of
+from pipelines.plan import make_plan
+from pipelines.shard import _Group, key_of
 from pipelines.sources import AnySource, ImageNetSource, WebDatasetSource
 from pipelines.sources.base import Entry, Part, Run, RunIndex
 from pipelines.stage import Workspace
@@ -95,6 +97,9 @@ def test_an_image_costs_at_most_64_bytes_in_memory(tmp_path: Path, monkeypatch: 
     entries = made.entries(np.arange(100))
     assert entries.table.num_rows == 100_000
     assert entries.num_bytes_in_memory / 100_000 <= 64
+    group = _Group.load(made, make_plan(made.counts(), ShardConfig()), 0)  # what the driver holds of it
+    arrays = (group.shard, group.place, *group.order)
+    assert (group.entries.num_bytes_in_memory + sum(array.nbytes for array in arrays)) / 100_000 <= 64
 
 
 @pytest.mark.parametrize("at_once", [1 << 26, 7])
