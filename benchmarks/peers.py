@@ -53,6 +53,11 @@ def hardware() -> dict[str, Any]:
     return {"cpu": model, "cpus": os.cpu_count(), "memory_gib": round(pages * page_bytes / 2**30, 1)}
 
 
+def pin(num_cpus: int) -> None:
+    """Keep this process, and all that it starts, on some CPUs: rivals share what the settings say, and no more."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cpus])
+
+
 def interleaved(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Images/s of each rival in each round: A B C A B C, so that a slow minute hits all."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
@@ -68,17 +73,19 @@ def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def in_processes(task: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], processes: int) -> tuple[float, list[Any]]:
-    """Seconds that task(*job) took for all jobs on some processes, which are started and warm before the clock is."""
+def in_processes(
+    task: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], processes: int, warm: Callable[[], Any] = Image.init
+) -> tuple[float, list[Any]]:
+    """Seconds that task(*job) took for all jobs on some processes, each of which has done `warm` before."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        list(pool.map(_warm, range(processes)))
+        list(pool.map(_warm, [warm] * processes))
         begin = time.perf_counter()
         results = [future.result() for future in [pool.submit(task, *job) for job in jobs]]
         return time.perf_counter() - begin, results
 
 
-def _warm(_: int) -> None:
-    Image.init()
+def _warm(warm: Callable[[], Any]) -> None:
+    warm()
     time.sleep(1.0)  # so that each process gets one
 
 
