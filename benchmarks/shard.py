@@ -7,8 +7,8 @@
 An archive in ImageNet's layout is made of real photographs (--photographs, a folder with ILSVRC2012_img_val.tar), or of
 synthetic ones where there are none. All rivals read it, or its unpacked files, from the same disk, make 128x128 JPEGs
 of quality 95 (4:4:4 but for img2dataset, which has no setting for it) on 2 CPUs, and write WebDataset tars. The bare
-loop runs on 2 processes and writes nothing. The script is a loop around a ShardWriter, in one process as the library has it;
-a version with a pool of 2 processes beside its writer is printed too, without a bar: it neither permutes, hashes,
+loop runs on 2 processes and writes nothing. The script is a loop around a ShardWriter, in one process as the library
+has it; one with a pool of 2 processes beside its writer is printed too, without a bar: it neither permutes, hashes,
 quarantines nor resumes. Bars: at least 85 % of the bare loop's rate, faster than the script and img2dataset, and peak
 memory that does not grow with the number of images.
 """
