@@ -150,8 +150,8 @@ def script(model: str, paths: list[str], out: str) -> int:
 
 
 class Ours:
-    """The tokenize stage, as `python pipelines/tokenize_images.py` runs it, from the first shard read to the commit. The
-    start of Ray and its workers is taken apart."""
+    """The tokenize stage, as `python pipelines/tokenize_images.py` runs it, from the first shard read to the commit.
+    The start of Ray and its workers is taken apart."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
