@@ -43,7 +43,7 @@ from vqvae_core.image_shards import KIND, ImageShards, Sample, read_tar, write_t
 from vqvae_core.images import ImageError, Picture, encode, load, resize_and_crop
 from vqvae_core.storage import Folder
 
-VERSION = 2
+VERSION = 3
 REJECTS = "rejects.parquet"
 STAGING = "staging"
 _STAGED = pa.schema(
@@ -483,10 +483,9 @@ def prepare(
     label_map: dict[str, int] | None,
 ) -> Prepared | Reject:
     """An item at the recipe's size, or the record of its rejection."""
-    data = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
-    sha256 = item.sha256 if data is None else hash_bytes(data)
+    source_bytes = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
     try:
-        if item.fault or item.image is None:
+        if item.fault or source_bytes is None or item.image is None:
             raise ImageError(item.fault)
         if label_map and level is None:
             raise ImageError("no label: other images of the source have one")
@@ -504,12 +503,13 @@ def prepare(
         small = resize_and_crop(picture.image, size)
         data = encode(small, config.image_format)
     except ImageError as error:
+        sha256 = item.sha256 if source_bytes is None else hash_bytes(source_bytes)
         return Reject(item.facts.get("source") or run, key, str(error), sha256)
     facts = {**item.facts}
     if level is not None:
         facts["level"] = level
         facts["label"] = label_map[level] if label_map else None
-    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", sha256, small)
+    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", source_bytes, small)
     return Prepared(Sample(key=key, image_format=config.image_format, data=data, facts=facts), origin)
 
 
