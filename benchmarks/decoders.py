@@ -34,7 +34,7 @@ def with_pillow(data: bytes) -> bytes:
 
 
 def with_simplejpeg(data: bytes) -> bytes:
-    import simplejpeg
+    import simplejpeg  # pyright: ignore[reportMissingImports]
 
     picture = Image.fromarray(simplejpeg.decode_jpeg(data))
     left, top, side = _square(*picture.size)
@@ -43,7 +43,7 @@ def with_simplejpeg(data: bytes) -> bytes:
 
 
 def with_opencv(data: bytes) -> bytes:
-    import cv2
+    import cv2  # pyright: ignore[reportMissingImports]
 
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     left, top, side = _square(pixels.shape[1], pixels.shape[0])
@@ -56,13 +56,13 @@ def decoded_by_pillow(data: bytes) -> np.ndarray:
 
 
 def decoded_by_simplejpeg(data: bytes) -> np.ndarray:
-    import simplejpeg
+    import simplejpeg  # pyright: ignore[reportMissingImports]
 
     return simplejpeg.decode_jpeg(data)
 
 
 def decoded_by_opencv(data: bytes) -> np.ndarray:
-    import cv2
+    import cv2  # pyright: ignore[reportMissingImports]
 
     return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--photographs", type=Path, help="folder with ILSVRC2012_img_val.tar")
     options = parser.parse_args()
     pin(1)
-    import cv2
+    import cv2  # pyright: ignore[reportMissingImports]
 
     cv2.setNumThreads(1)
     pictures, what = photographs(options.photographs)

@@ -197,7 +197,7 @@ class Ours:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one short round; its ratios mean little")
-    parser.add_argument("--shards", type=int, default=128, help="of 1,024 images")
+    parser.add_argument("--shards", type=int, default=120, help="of 1,024 images")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     pin(PROCESSES)

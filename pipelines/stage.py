@@ -359,7 +359,8 @@ def encode_shards(
     jobs: Sequence[dict[str, Any]],
     resources: Resources,
 ) -> Iterator[dict[str, Any]]:
-    """read(job) in CPU tasks, then encoder()(row) in actors, one row a shard; yields what they return.
+    """read(job) in CPU tasks, then encoder()(row) in actors with a GPU, one row a shard; yields what they return. Where
+    there is no GPU the actors read too: they use the same CPUs, and pixels need not move between processes.
 
     job["name"] names the shard, in results too; job["threads"] tells an encoder how many threads it has. Rows and
     results have "error", "" where all is well. Where an encoder dies, what is left is handed out again.
@@ -409,17 +410,18 @@ def _encode_shards(
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     # Elsewhere a node may go and its actors start again on another. Here that would only make Ray print a warning.
     options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0} if session.alone else {}
+    pool = ray.data.ActorPoolStrategy(size=actors)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # these two have no other way in, yet
-        # Each asks for half of the CPUs that it can use: a reader is short beside an encoder, and always finds its own
-        # half, so that they cannot wait for each other.
-        data = data.map(_Read(read), num_cpus=0.5).map(
-            encoder,
-            num_cpus=0.5 * threads,
-            num_gpus=1 if resources.use_gpu else 0,
-            compute=ray.data.ActorPoolStrategy(size=actors),
-            **options,
-        )
+        warnings.simplefilter("ignore", DeprecationWarning)  # the options have no other way in, yet
+        if resources.use_gpu:
+            # Each asks for half of the CPUs that it can use: a reader is short beside an encoder, and always finds its
+            # own half, so that they cannot wait for each other.
+            data = data.map(_Read(read), num_cpus=0.5)
+            data = data.map(encoder, num_cpus=0.5 * threads, num_gpus=1, compute=pool, **options)
+        else:
+            both = {"read": read, "encoder": encoder}
+            together: Any = _ReadAndEncode
+            data = data.map(together, fn_constructor_kwargs=both, num_cpus=threads, compute=pool, **options)
     yield from data.iter_rows()
 
 
@@ -439,3 +441,11 @@ class _Read:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return self.read(json.loads(row["job"]))
+
+
+class _ReadAndEncode:
+    def __init__(self, read: Callable[[dict[str, Any]], dict[str, Any]], encoder: type) -> None:
+        self._read, self._encode = read, encoder()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self._encode(self._read(json.loads(row["job"])))
