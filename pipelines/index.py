@@ -307,21 +307,25 @@ class SourceIndex:
 
     def counts(self) -> np.ndarray:
         """int64 (R, 2): images of each run in the train and the validation split."""
-        return _counts(self._runs)
+        return _counts(self._columns(["train", "validation"]))
+
+    def _columns(self, names: list[str]) -> pa.Table:
+        return pq.read_table(io.BytesIO(self.artifact.read(RUNS)), columns=names)
 
     @cached_property
-    def _runs(self) -> pa.Table:
-        """A row a run: about 100 bytes each, which is nothing an image."""
-        return pq.read_table(io.BytesIO(self.artifact.read(RUNS)))
+    def _names(self) -> pa.Table:
+        """Name, prefix and locator of each run: about 100 bytes, which is nothing an image."""
+        return self._columns(["name", "prefix", "locator"])
 
     @cached_property
     def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._runs["file"].to_numpy(), self._runs["row_group"].to_numpy()
+        places = self._columns(["file", "row_group"])
+        return places["file"].to_numpy(), places["row_group"].to_numpy()
 
     def runs(self, numbers: Iterable[int]) -> dict[int, Run]:
         """Some runs by their number."""
         wanted = sorted(set(numbers))
-        rows = self._runs.select(["name", "prefix", "locator"]).take(pa.array(wanted, pa.int64())).to_pylist()
+        rows = self._names.take(pa.array(wanted, pa.int64())).to_pylist()
         return {
             number: Run(name=row["name"], prefix=row["prefix"], locator=json.loads(row["locator"]))
             for number, row in zip(wanted, rows, strict=True)

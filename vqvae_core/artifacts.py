@@ -9,11 +9,12 @@ import hashlib
 import io
 import itertools
 import json
+import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -83,9 +84,13 @@ class FileTable(Mapping[str, FileEntry]):
     @classmethod
     def of(cls, files: Iterable[FileEntry]) -> "FileTable":
         """The table of some files, put in order. They may come one by one; only their columns are kept."""
+        row = operator.attrgetter(*_FILES_SCHEMA.names)
         batches = [
             pa.RecordBatch.from_arrays(
-                [pa.array([getattr(entry, field.name) for entry in entries], field.type) for field in _FILES_SCHEMA],
+                [
+                    pa.array(values, field.type)
+                    for values, field in zip(zip(*map(row, entries), strict=True), _FILES_SCHEMA, strict=True)
+                ],
                 schema=_FILES_SCHEMA,
             )
             for entries in _batches(files, _CHUNK)
@@ -132,9 +137,10 @@ class FileTable(Mapping[str, FileEntry]):
 
 
 _CHUNK = 1 << 16
+Item = TypeVar("Item")
 
 
-def _batches(entries: Iterable[FileEntry], size: int) -> Iterator[list[FileEntry]]:
+def _batches(entries: Iterable[Item], size: int) -> Iterator[list[Item]]:
     waiting = iter(entries)
     while batch := list(itertools.islice(waiting, size)):
         yield batch
@@ -144,8 +150,8 @@ def content_digest(files: "Iterable[FileEntry] | FileTable") -> str:
     """A hash of all file hashes with their paths: what the artifact contains, whatever its provenance."""
     table = files if isinstance(files, FileTable) else FileTable.of(files)
     digest = hashlib.sha256()
-    for path, rows, _, sha256 in table.rows():
-        digest.update(f"{path}\0{rows}\0{sha256}\n".encode())
+    for chunk in _batches(table.rows(), _CHUNK):
+        digest.update("".join(f"{path}\0{rows}\0{sha256}\n" for path, rows, _, sha256 in chunk).encode())
     return digest.hexdigest()
 
 
