@@ -2,7 +2,13 @@
 
 import logging
 import os
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
+
+_DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # Ray Data gives these names
+_SECONDS_TO_END = 10.0
 
 
 class ResourceError(ValueError):
@@ -21,6 +27,7 @@ class Session:
         self._num_cpus = num_cpus
         self._ray: Any = None
         self._owner = False
+        self._open: list[Any] = []
 
     @property
     def alone(self) -> bool:
@@ -53,6 +60,16 @@ class Session:
             self._ray = ray
         return self._ray
 
+    def rows(self, data: Any) -> Iterator[dict[str, Any]]:
+        """The rows of a Ray dataset, as they come. What is not read to its end is stopped by `close`."""
+        found = iter(data.iter_rows())
+        self._open.append(found)
+        try:
+            yield from found
+        finally:
+            found.close()
+            self._open.remove(found)
+
     def check(self, *, num_workers: int, cpus_per_worker: int | None, use_gpu: bool) -> int:
         """CPUs for each worker. Raises `ResourceError` at once where the cluster cannot hold the workers."""
         resources = self.connect().cluster_resources()
@@ -80,6 +97,15 @@ class Session:
         return max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
 
     def close(self) -> None:
+        """Stop what still runs, then Ray, where it was started here."""
+        # An error on its way up keeps its iterators alive, and their threads: one of them that calls Ray after its end
+        # would end this process with it.
+        for found in [*self._open]:
+            found.close()
+        deadline = time.monotonic() + _SECONDS_TO_END
+        for thread in threading.enumerate():
+            if thread.name.startswith(_DATA_THREADS):
+                thread.join(max(0.0, deadline - time.monotonic()))
         if self._ray is not None and self._owner:
             self._ray.shutdown()
         self._ray = None

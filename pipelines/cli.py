@@ -5,13 +5,15 @@ import dataclasses
 import difflib
 import io
 import json
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import tyro
 
@@ -195,17 +197,37 @@ def replay(location: str) -> PipelineConfig:
         ) from error
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Run a command: errors that a user can fix are one line on stderr and exit code 2; Ctrl-C is 130."""
+def run(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command and end the process: errors that a user can fix are one line on stderr and exit code 2; Ctrl-C is
+    130."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    code = 0
     try:
         main(sys.argv[1:])
     except USER_ERRORS as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = _refused(str(error))
     except OSError as error:
-        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        code = _refused(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+        code = 130
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    _leave(code)
+
+
+def _refused(reason: str) -> int:
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
+
+
+def _leave(code: int) -> NoReturn:
+    """End without taking the interpreter apart: threads of Arrow that wait for it abort the process now and then
+    (apache/arrow#34314), when all is done and written."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -1,5 +1,6 @@
 """Ray Train around a loop that knows no Ray: workers, checkpoints, restarts, and the way of metrics to the driver."""
 
+import contextlib
 import json
 import os
 import signal
@@ -77,6 +78,7 @@ def fit(
             "settings": settings,
             "board": board,
             "identity": work,
+            "states": (folder / f"training-{work}").uri,
             "threads": cpus,
             "checkpoint_every": resources.checkpoint_every,
         },
@@ -132,7 +134,7 @@ def _set_torn_snapshot_aside(folder: Folder) -> None:
     except ValueError:
         folder.write(f"{_SNAPSHOT}.torn", data)
         folder.delete(_SNAPSHOT)
-        print(f"{folder.uri}: the list of checkpoints was torn by a kill and is set aside; training starts again")
+        print(f"{folder.uri}: the list of checkpoints was torn by a kill and is set aside")
 
 
 class _Follower:
@@ -221,7 +223,7 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     if ray.get(board.failure.remote()) is not None:
         return {}  # another rank has told why: starting again would not mend it
     try:
-        state = _last_state(ray.train.get_checkpoint(), config["identity"])
+        state = _last_state(ray.train.get_checkpoint(), config["identity"], Folder(config["states"]))
         value = config["loop"](config["settings"], worker, state)
     except (InputError, NonFiniteLossError) as error:
         kind = "InputError" if isinstance(error, InputError) else "NonFiniteLossError"
@@ -232,14 +234,20 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     return {**value, "resumed_from": state.step if state else 0, "work_seconds": time.time() - begin}
 
 
-def _last_state(checkpoint: Any, identity: str) -> TrainingState | None:
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as place:
-        try:
+def _last_state(checkpoint: Any, identity: str, folder: Folder) -> TrainingState | None:
+    """The state of Ray Train's last checkpoint; where its list is gone, of the newest one that is there and whole."""
+    from ray.train import Checkpoint
+
+    if checkpoint is not None:
+        with checkpoint.as_directory() as place:
+            try:
+                return load_state(Path(place), identity)
+            except CheckpointError as error:
+                raise InputError(f"{error}; move that checkpoint away to start from an earlier one") from error
+    for name in sorted((name for name in folder.folders() if name.startswith("step-")), reverse=True):
+        with Checkpoint(f"{folder.uri}/{name}").as_directory() as place, contextlib.suppress(CheckpointError):
             return load_state(Path(place), identity)
-        except CheckpointError as error:
-            raise InputError(f"{error}; move that checkpoint away to start from an earlier one") from error
+    return None
 
 
 def describe(resources: Resources) -> str:

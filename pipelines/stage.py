@@ -239,7 +239,7 @@ def _fan_out(
         warnings.simplefilter("ignore", DeprecationWarning)  # max_retries has no other way in, yet
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task), max_retries=_WORKER_DEATHS)
     try:
-        for row in data.iter_rows():
+        for row in session.rows(data):
             for result in json.loads(row["results"]):
                 if "error" in result:
                     raise InputError(result["error"])
@@ -422,7 +422,7 @@ def _encode_shards(
             both = {"read": read, "encoder": encoder}
             together: Any = _ReadAndEncode
             data = data.map(together, fn_constructor_kwargs=both, num_cpus=threads, compute=pool, **options)
-    yield from data.iter_rows()
+    yield from session.rows(data)
 
 
 def _encoders(session: Session, resources: Resources, num_jobs: int) -> tuple[int, int]:

@@ -190,6 +190,18 @@ class Folder:
         with system.open_output_stream(path, compression=None, buffer_size=len(data)) as file:
             file.write(data)
 
+    def folders(self) -> list[str]:
+        """Names of the folders in this folder, for whoever writes them."""
+        if self.is_local:
+            try:
+                with os.scandir(self.uri) as entries:
+                    return sorted(entry.name for entry in entries if entry.is_dir())
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+        system, path = self.s3
+        found = retry(lambda: system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
+        return sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+
     def list(self, name: str) -> list[str]:
         """Names of the files in a folder of this folder, for whoever writes it: readers go by a manifest."""
         if self.is_local:

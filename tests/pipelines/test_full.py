@@ -320,6 +320,22 @@ def test_a_killed_driver_goes_on(done: tuple[Path, str], tmp_path: Path, where: 
         assert artifacts(root)["tokenize"].files == made["tokenize"].files
 
 
+def test_a_torn_list_of_checkpoints(tmp_path: Path) -> None:
+    """Ray Train rewrites its list in place: where a kill tears it, training goes on from the newest state all the
+    same."""
+    root = tmp_path / "root"
+    steps = ["--train.steps", "300", "--no-track"]
+    kill_when(root, has_checkpoint("train_vqvae"), *steps)
+    path = next(root.glob("train_vqvae-*/training-*/*snapshot.json"))
+    while time.time() - path.stat().st_mtime < 5:  # Ray's processes end some time after the driver
+        time.sleep(0.1)
+    path.write_bytes(path.read_bytes()[:-10])
+    done = program("train_vqvae", "--preset", "smoke", "--root", str(root), *steps)
+    assert done.returncode == 0, done.stderr
+    assert "the list of checkpoints was torn by a kill and is set aside" in done.stdout
+    assert re.search(r"^train_vqvae: went on from step [1-9]\d*$", done.stdout, re.MULTILINE)
+
+
 @pytest.mark.parametrize("stage", ["tokenize", "sample"])
 def test_a_flipped_byte_that_a_task_finds(done: tuple[Path, str], tmp_path: Path, stage: str) -> None:
     copy = tmp_path / "root"
