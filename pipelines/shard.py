@@ -43,7 +43,7 @@ from vqvae_core.image_shards import KIND, ImageShards, Sample, read_tar, write_t
 from vqvae_core.images import ImageError, Picture, encode, load, resize_and_crop
 from vqvae_core.storage import Folder
 
-VERSION = 3
+VERSION = 4
 REJECTS = "rejects.parquet"
 STAGING = "staging"
 _STAGED = pa.schema(
@@ -492,7 +492,7 @@ def prepare(
         if level is not None and label_map and level not in label_map:
             raise ImageError(f"label out of range: {level!r} among whole numbers")
         picture = _picture(item.image)
-        width, height = picture.image.size
+        height, width = picture.pixels.shape[:2]
         size = config.image_size
         if config.resize == "exact" and (width, height) != (size, size):
             raise ImageError(
@@ -500,7 +500,7 @@ def prepare(
             )
         if min(height, width) < 2:
             raise ImageError(f"too small: is {width} x {height}")
-        small = resize_and_crop(picture.image, size)
+        small = Image.fromarray(resize_and_crop(picture.pixels, size))
         data = encode(small, config.image_format)
     except ImageError as error:
         sha256 = item.sha256 if source_bytes is None else hash_bytes(source_bytes)
@@ -517,7 +517,7 @@ def _picture(image: bytes | np.ndarray) -> Picture:
     if isinstance(image, bytes):
         return load(image)
     height, width = image.shape[:2]
-    return Picture(Image.fromarray(image), width, height, "pixels", "RGB")
+    return Picture(image, width, height, "pixels", "RGB")
 
 
 if __name__ == "__main__":

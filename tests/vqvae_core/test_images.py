@@ -1,9 +1,14 @@
+import hashlib
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from vqvae_core import images
 from vqvae_core.images import (
@@ -21,7 +26,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
 
 def shrunk(pixels: np.ndarray, size: int) -> np.ndarray:
-    return np.asarray(resize_and_crop(Image.fromarray(np.ascontiguousarray(pixels)), size))
+    return resize_and_crop(pixels, size)
 
 
 def test_pixels_and_images_are_each_others_reverse() -> None:
@@ -55,6 +60,66 @@ def test_shrinking_averages() -> None:
     checks = np.indices((64, 64)).sum(0)[..., None].repeat(3, 2) % 2 * 255
     small = shrunk(checks.astype(np.uint8), 8)
     assert abs(small[2:-2, 2:-2].astype(int) - 127).max() < 20
+
+
+def sizes_hash() -> str:
+    """Of pictures of many sizes, made smaller and larger."""
+    rng, found = np.random.default_rng(0), hashlib.sha256()
+    for height, width, size in [(2, 300, 64), (37, 41, 8), (90, 61, 84), (375, 500, 128), (511, 333, 32), (64, 65, 64)]:
+        found.update(shrunk(rng.integers(0, 256, (height, width, 3), dtype=np.uint8), size).tobytes())
+    return found.hexdigest()
+
+
+def test_a_machine_without_vector_instructions_makes_the_same_pixels() -> None:
+    command = "from tests.vqvae_core.test_images import sizes_hash; print(sizes_hash())"
+    for capability in ("default", "avx2"):
+        done = subprocess.run(
+            [sys.executable, "-c", command],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == sizes_hash()
+
+
+def test_both_decoders_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The faster one is for upright, well-formed JPEGs in colour; Pillow has all others, and decides on faults."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    picture, turned = Image.fromarray(noise).resize((165, 113)), Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    files, calls = [], []
+    for options in ({}, {"progressive": True}, {"subsampling": 0}, {"exif": turned}, {"exif": b"Exif\0\0broken"}):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=80, **options)
+        files.append(buffer.getvalue())
+    files += [_saved(picture.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    files += [files[0] + b"more", files[0][:2] + b"\xff\xfe\0\x04hi" + files[0][2:]]
+    assert images.simplejpeg is not None
+    decode_jpeg = images.simplejpeg.decode_jpeg
+    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", lambda data: calls.append(data) or decode_jpeg(data))
+    pixels = [decode(data) for data in files]
+    assert [data in calls for data in files] == [True, True, True, False, True, False, False, True, True]
+    with pytest.raises(ImageError, match="cannot be decoded: OSError"):
+        decode(files[0][:-700])
+    monkeypatch.setattr(images, "simplejpeg", None)
+    assert all(np.array_equal(decode(data), found) for data, found in zip(files, pixels, strict=True))
+    assert pixels[3].shape == (165, 113, 3)
+
+
+def _saved(picture: Image.Image, file_format: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, file_format)
+    return buffer.getvalue()
+
+
+def test_it_is_the_libraries_bicubic_filter() -> None:
+    """Pillow's own differs at the border of the square, where it sees what is beyond."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((300, 300), Image.Resampling.BILINEAR)
+    theirs = picture.resize((64, 64), Image.Resampling.BICUBIC)
+    assert np.abs(shrunk(np.asarray(picture), 64).astype(int) - np.asarray(theirs)).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
