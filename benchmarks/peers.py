@@ -107,12 +107,12 @@ def decode_resize_encode_fast(data: bytes, size: int, kind: str, options: dict[s
     pixels = simplejpeg.decode_jpeg(data)
     side = min(pixels.shape[:2])
     top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    planes = torch.from_numpy(pixels[top : top + side, left : left + side]).permute(2, 0, 1)[None]
+    planes = torch.from_numpy(pixels)[None, top : top + side, left : left + side].permute(0, 3, 1, 2)
     small = functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     return _saved(Image.fromarray(small.contiguous().numpy()), kind, options)
 
 
-def warm() -> None:
+def warm_codec() -> None:
     """Before the clock runs, and with one thread a process."""
     import torch
 

@@ -41,7 +41,7 @@ from benchmarks.peers import (
     median_ratio,
     pin,
     report,
-    warm,
+    warm_codec,
 )
 
 SIZE, QUALITY = 128, {"quality": 95, "subsampling": 0}
@@ -260,7 +260,7 @@ def _compare(place: Path, archive: str, num_images: int, rounds: int, what: str,
     ours = Ours(place / "root")
 
     def loop() -> float:
-        seconds, counts = in_processes(bare, [(archive, half) for half in halves], PROCESSES, warm)
+        seconds, counts = in_processes(bare, [(archive, half) for half in halves], PROCESSES, warm_codec)
         return sum(counts) / seconds
 
     def by_hand(pool: bool) -> float:

@@ -11,6 +11,11 @@ _DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # Ray Data gives these n
 _SECONDS_TO_END = 10.0
 
 
+def data_threads() -> list[threading.Thread]:
+    """Those of Ray Data in this process that call Ray."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith(_DATA_THREADS)]
+
+
 class ResourceError(ValueError):
     """The cluster does not have what was asked for."""
 
@@ -98,14 +103,18 @@ class Session:
 
     def close(self) -> None:
         """Stop what still runs, then Ray, where it was started here."""
+        try:
+            self._end_data()
+        finally:
+            if self._ray is not None and self._owner:
+                self._ray.shutdown()
+            self._ray = None
+
+    def _end_data(self) -> None:
         # An error on its way up keeps its iterators alive, and their threads: one of them that calls Ray after its end
         # would end this process with it.
         for found in [*self._open]:
             found.close()
         deadline = time.monotonic() + _SECONDS_TO_END
-        for thread in threading.enumerate():
-            if thread.name.startswith(_DATA_THREADS):
-                thread.join(max(0.0, deadline - time.monotonic()))
-        if self._ray is not None and self._owner:
-            self._ray.shutdown()
-        self._ray = None
+        for thread in data_threads():
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -212,7 +212,11 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         print("stopped; the same command goes on from here", file=sys.stderr)
         code = 130
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if stop.code is None or isinstance(stop.code, int):
+            code = stop.code or 0
+        else:
+            print(stop.code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -228,6 +232,6 @@ def _leave(code: int) -> NoReturn:
     """End without taking the interpreter apart: threads of Arrow that wait for it abort the process now and then
     (apache/arrow#34314), when all is done and written."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream may be closed, or None
             stream.flush()
     os._exit(code)

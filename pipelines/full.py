@@ -52,8 +52,10 @@ def main(arguments: list[str], until: str = "sample") -> None:
         status = "KILLED"
         raise
     finally:
-        session.close()
-        tracker.finish(status, report)
+        try:
+            session.close()
+        finally:
+            tracker.finish(status, report)
     if until == "sample":
         _figures(pipeline)
     _summary(pipeline, tracker, time.monotonic() - begin, report is not None)

@@ -1,6 +1,5 @@
 """Ray Train around a loop that knows no Ray: workers, checkpoints, restarts, and the way of metrics to the driver."""
 
-import contextlib
 import json
 import os
 import signal
@@ -78,7 +77,7 @@ def fit(
             "settings": settings,
             "board": board,
             "identity": work,
-            "states": (folder / f"training-{work}").uri,
+            "left": _state_left(folder / f"training-{work}", work),
             "threads": cpus,
             "checkpoint_every": resources.checkpoint_every,
         },
@@ -92,7 +91,6 @@ def fit(
             checkpoint_config=CheckpointConfig(num_to_keep=resources.keep_checkpoints),
         ),
     )
-    _set_torn_snapshot_aside(folder / f"training-{work}")
     value: dict[str, Any] = {}
     handler = signal.getsignal(signal.SIGINT)
     with _Follower(board, name, settings["steps"], run):
@@ -123,18 +121,35 @@ def _raise_failure(board: Any) -> None:
         raise _ERRORS[failure[0]](failure[1])
 
 
-def _set_torn_snapshot_aside(folder: Folder) -> None:
-    """Ray rewrites its list of checkpoints in place: a kill in that moment leaves one that it cannot read again."""
+def _state_left(folder: Folder, identity: str) -> str | None:
+    """Where training goes on if Ray Train has no list of its checkpoints: its newest whole state.
+
+    Ray rewrites that list in place, so a kill in that moment leaves one that it cannot read again.
+    """
     try:
         data = folder.read(_SNAPSHOT)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    try:
         json.loads(data)
+        return None
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except ValueError:
         folder.write(f"{_SNAPSHOT}.torn", data)
         folder.delete(_SNAPSHOT)
-        print(f"{folder.uri}: the list of checkpoints was torn by a kill and is set aside")
+        print(f"{folder.uri}: the list of checkpoints was torn by a kill; going on from the newest whole one")
+    for name in sorted((name for name in folder.folders() if name.startswith("step-")), reverse=True):
+        place = f"{folder.uri}/{name}"
+        try:
+            _last_state(_checkpoint_at(place), identity)
+            return place
+        except InputError as error:
+            print(f"passed over: {error}")
+    return None
+
+
+def _checkpoint_at(place: str | None) -> Any:
+    from ray.train import Checkpoint
+
+    return None if place is None else Checkpoint(place)
 
 
 class _Follower:
@@ -223,7 +238,7 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     if ray.get(board.failure.remote()) is not None:
         return {}  # another rank has told why: starting again would not mend it
     try:
-        state = _last_state(ray.train.get_checkpoint(), config["identity"], Folder(config["states"]))
+        state = _last_state(ray.train.get_checkpoint() or _checkpoint_at(config["left"]), config["identity"])
         value = config["loop"](config["settings"], worker, state)
     except (InputError, NonFiniteLossError) as error:
         kind = "InputError" if isinstance(error, InputError) else "NonFiniteLossError"
@@ -234,20 +249,14 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     return {**value, "resumed_from": state.step if state else 0, "work_seconds": time.time() - begin}
 
 
-def _last_state(checkpoint: Any, identity: str, folder: Folder) -> TrainingState | None:
-    """The state of Ray Train's last checkpoint; where its list is gone, of the newest one that is there and whole."""
-    from ray.train import Checkpoint
-
-    if checkpoint is not None:
-        with checkpoint.as_directory() as place:
-            try:
-                return load_state(Path(place), identity)
-            except CheckpointError as error:
-                raise InputError(f"{error}; move that checkpoint away to start from an earlier one") from error
-    for name in sorted((name for name in folder.folders() if name.startswith("step-")), reverse=True):
-        with Checkpoint(f"{folder.uri}/{name}").as_directory() as place, contextlib.suppress(CheckpointError):
+def _last_state(checkpoint: Any, identity: str) -> TrainingState | None:
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as place:
+        try:
             return load_state(Path(place), identity)
-    return None
+        except CheckpointError as error:
+            raise InputError(f"{error}; move that checkpoint away to start from an earlier one") from error
 
 
 def describe(resources: Resources) -> str:

@@ -170,7 +170,7 @@ class _Build:
             by_run[row["run"]].append(_values(place, row))
         return [
             {
-                "run": dataclasses.asdict(group.runs[number]),
+                "run": vars(group.runs[number]),
                 "entries": sorted(by_run[number], key=lambda values: values[1]),
             }
             for number in sorted(by_run)
@@ -205,7 +205,7 @@ class _Build:
             strict=True,
         ):  # fmt: skip
             by_run[row["run"]].append([*_values(place, row), shards[goal].name])
-        return [{"run": dataclasses.asdict(group.runs[number]), "entries": by_run[number]} for number in sorted(by_run)]
+        return [{"run": vars(group.runs[number]), "entries": by_run[number]} for number in sorted(by_run)]
 
     def _check(self, rejects: list[list[str]]) -> None:
         """An early stop where too much is rejected."""

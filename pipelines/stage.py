@@ -27,7 +27,7 @@ _ENCODERS_PER_NODE = 8
 _ENCODER_DEATHS = 3
 _WORKER_DEATHS = 10  # of one task, lost nodes among them: an image that kills its worker must not do so for ever
 _SIDECARS = 1024  # read together
-_PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "mlflow", "vizdoom")
+_PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "simplejpeg", "mlflow", "vizdoom")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ except ImportError:  # where only the core is installed
 ImageFormat = Literal["png", "webp", "jpg"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "webp", "jpg")
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_APP1, _APP2, _START_OF_PIXELS = 0xE1, 0xE2, 0xDA
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of JPEG, with the picture's size
 _BROKEN_EXIF = (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error)
 MAX_PIXELS = 100_000_000  # a larger picture is refused before its pixels are decoded
 
@@ -51,6 +53,11 @@ def load(data: bytes) -> Picture:
     Grey, palette, CMYK and 16-bit pictures become RGB of 8 bits; transparency is left out; EXIF orientation is applied;
     colour profiles are not. A file with more than one frame is refused, but for a photograph with a preview (MPO).
     """
+    size = _plain_jpeg(data)
+    if size is not None and 0 < size[0] * size[1] <= MAX_PIXELS:
+        pixels = _jpeg_pixels(data, *size)
+        if pixels is not None:
+            return Picture(pixels, *size, "JPEG", "RGB")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -61,11 +68,13 @@ def load(data: bytes) -> Picture:
                 raise ImageError(f"too large: {width} x {height} is more than {MAX_PIXELS} pixels")
             if kind != "MPO" and getattr(picture, "is_animated", False):
                 raise ImageError("animated: has more than one frame")
-            pixels = _jpeg_pixels(data, picture) if (kind, mode) == ("JPEG", "RGB") else None
+            pixels = None
+            if (kind, mode) == ("JPEG", "RGB") and not _is_turned(picture):
+                pixels = _jpeg_pixels(data, width, height)
             if pixels is None:
                 picture.load()
                 with contextlib.suppress(*_BROKEN_EXIF):
-                    ImageOps.exif_transpose(picture, in_place=True)  # broken EXIF turns nothing
+                    ImageOps.exif_transpose(picture, in_place=True)
                 pixels = np.asarray(_to_rgb(picture))
             return Picture(pixels, width, height, kind, mode)
     except ImageError:
@@ -78,19 +87,43 @@ def load(data: bytes) -> Picture:
         raise ImageError(f"cannot be decoded: {type(error).__name__}") from error
 
 
-def _jpeg_pixels(data: bytes, picture: Image.Image) -> np.ndarray | None:
-    """What Pillow would make of an upright photograph in colour, sooner. None where it has to be turned, or is not well
-    formed: then Pillow has the last word."""
+def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG in colour, where no marker before its pixels could turn it or hold a second picture
+    (EXIF, XMP, MPF). Nothing else is looked at: what is broken, the decoder finds."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    size, position = None, 2
+    try:
+        while data[position] == 0xFF and (marker := data[position + 1]) != _START_OF_PIXELS:
+            if marker == _APP1 or (marker == _APP2 and data[position + 4 : position + 7] == b"MPF"):
+                return None
+            if marker in _FRAMES:
+                height, width, channels = struct.unpack_from(">HHB", data, position + 5)
+                if channels != 3:
+                    return None
+                size = width, height
+            position += 2 + int.from_bytes(data[position + 2 : position + 4])
+        return size if data[position] == 0xFF else None
+    except (IndexError, struct.error):
+        return None
+
+
+def _is_turned(picture: Image.Image) -> bool:
+    """Broken EXIF turns nothing."""
+    with contextlib.suppress(*_BROKEN_EXIF):
+        return picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
+
+
+def _jpeg_pixels(data: bytes, width: int, height: int) -> np.ndarray | None:
+    """What Pillow would make of it, sooner. None where it is not well formed: then Pillow has the last word."""
     if simplejpeg is None:
         return None
-    with contextlib.suppress(*_BROKEN_EXIF):
-        if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            return None
     try:
         pixels = simplejpeg.decode_jpeg(data)
     except ValueError:
         return None
-    return pixels if pixels.shape == (picture.height, picture.width, 3) else None
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -119,13 +152,12 @@ def resize_and_crop(pixels: np.ndarray, size: int) -> np.ndarray:
         return pixels
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-    # Torch's kernel is several times faster than Pillow's, and computes in whole numbers: the same on every machine.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's memory cannot be written
-        planes = torch.from_numpy(square).permute(2, 0, 1)[None]
+    square = pixels[top : top + side, left : left + side]
+    # Torch's kernel is several times faster than Pillow's, and computes in whole numbers: the same with and without
+    # vector instructions.
+    planes = torch.from_numpy(square if square.flags.writeable else square.copy()).unsqueeze(0).permute(0, 3, 1, 2)
     small = functional.interpolate(planes, (size, size), mode="bicubic", antialias=True)
-    return small[0].permute(1, 2, 0).contiguous().numpy()
+    return np.ascontiguousarray(small.numpy()[0].transpose(1, 2, 0))
 
 
 def encode(image: Image.Image | np.ndarray, image_format: ImageFormat) -> bytes:

@@ -27,6 +27,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 _ATTEMPTS = 6  # of one request, over about 6 seconds, beside those that the S3 client makes itself
 _REQUESTS = 32  # in flight, where many small ones are made
+_LARGE_BYTES = 1 << 20
 
 
 class StorageError(InputError):
@@ -177,6 +178,10 @@ class Folder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                if len(data) >= _LARGE_BYTES and hasattr(os, "posix_fadvise"):
+                    # Their pages serve the next file: new ones are dear in a virtual machine, and a whole data set
+                    # would push its own source out of memory.
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             temporary.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):

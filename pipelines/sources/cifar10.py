@@ -6,6 +6,7 @@ A gzip stream can only be read from its begin, so the index task unpacks it once
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ class Cifar10Source:
 
     random_access: ClassVar[bool] = True
 
-    @property
+    @cached_property
     def _folder(self) -> Folder:
         return place_of(self.path, ARCHIVE)
 

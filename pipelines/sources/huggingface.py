@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -48,7 +49,7 @@ class HuggingFaceSource:
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)
 
-    @property
+    @cached_property
     def _folder(self) -> Folder:
         return place_of(self.path, _WHAT)
 

@@ -4,7 +4,8 @@ Nothing is unpacked: headers are walked once for the index, pictures are read by
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from pipelines.sources.base import Entry, Part, Run, RunIndex, SourceError, SourceItem, number_by_name, readable
@@ -27,7 +28,7 @@ class ImageNetSource:
 
     random_access: ClassVar[bool] = True
 
-    @property
+    @cached_property
     def _folder(self) -> Folder:
         return place_of(self.path, f"the ImageNet archives {TRAIN} and {VALIDATION}")
 
@@ -115,4 +116,5 @@ class ImageNetSource:
         with open_source(self._folder, archive) as file:
             items = read_members(file, entries, ahead=not self._folder.is_local)
             for entry, item in zip(entries, items, strict=True):
-                yield replace(item, facts={"source": f"{archive}/{inner}{readable(entry.name)}"})
+                item.facts["source"] = f"{archive}/{inner}{readable(entry.name)}"
+                yield item

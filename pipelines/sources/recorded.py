@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -45,7 +46,7 @@ class RecordedFramesSource:
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)
 
-    @property
+    @cached_property
     def _folder(self) -> Folder:
         return place_of(self.path, _WHAT)
 

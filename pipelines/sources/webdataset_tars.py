@@ -7,7 +7,8 @@ that they hold can run.
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 from pipelines.sources.base import (
@@ -47,7 +48,7 @@ class WebDatasetSource:
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)
 
-    @property
+    @cached_property
     def _folder(self) -> Folder:
         return place_of(self.path, _WHAT)
 
@@ -105,7 +106,8 @@ class WebDatasetSource:
                 else:
                     fault = "no image: none among the members of its key, or a link"
                     item = SourceItem(position=entry.position, fault=fault)
-                yield replace(item, facts={"source": f"{run.name}/{readable(entry.name)}"})
+                item.facts["source"] = f"{run.name}/{readable(entry.name)}"
+                yield item
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -109,3 +109,25 @@ def test_help_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:
 def test_messages_of_the_command(tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
     root = [] if "--root" in arguments else ["--root", str(tmp_path / "root")]
     assert_one_line(full(*arguments, *root, "--no-track"), *parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("action", "code", "said"),
+    [
+        ("pass", 0, ""),
+        ("raise InputError('one\\n  line')", 2, "error: one line\n"),
+        ("raise OSError(5, 'disk')", 2, "error: OSError: [Errno 5] disk\n"),
+        ("raise KeyboardInterrupt", 130, "stopped; the same command goes on from here\n"),
+        ("raise SystemExit(1)", 1, ""),
+        ("raise SystemExit('words')", 1, "words\n"),
+        ("1 / 0", 1, "ZeroDivisionError"),
+        ("sys.stderr = None", 0, ""),
+    ],
+)
+def test_exit_codes(action: str, code: int, said: str) -> None:
+    lines = ["import sys", "from pipelines import cli", "from vqvae_core.errors import InputError"]
+    lines += ["def main(arguments):", "    print('begun', end='')", f"    {action}", "cli.run(main)"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "begun")
+    assert said in done.stderr if said else not done.stderr

@@ -332,8 +332,10 @@ def test_a_torn_list_of_checkpoints(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     done = program("train_vqvae", "--preset", "smoke", "--root", str(root), *steps)
     assert done.returncode == 0, done.stderr
-    assert "the list of checkpoints was torn by a kill and is set aside" in done.stdout
+    assert "the list of checkpoints was torn by a kill; going on from the newest whole one" in done.stdout
     assert re.search(r"^train_vqvae: went on from step [1-9]\d*$", done.stdout, re.MULTILINE)
+    history = json.loads(next(root.glob("train_vqvae-*/history.json")).read_text())
+    assert [point["step"] for point in history] == list(range(4, 304, 4))
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "sample"])

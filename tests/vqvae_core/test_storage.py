@@ -116,4 +116,6 @@ def test_listing(tmp_path: Path, s3_bucket: str) -> None:
         for name in ("sidecars/b", "sidecars/a", "sidecars/deeper/c"):
             folder.write(name, b"x")
         assert folder.list("sidecars") == ["a", "b"]
+        assert (folder / "sidecars").folders() == ["deeper"]
+        assert (folder / "nothing").folders() == []
         assert folder.sizes(["sidecars/a", "sidecars/z"]) == [1, None]
