@@ -166,8 +166,8 @@ class _Build:
     def _reads(self, group: "_Group", entries: Entries) -> list[dict[str, Any]]:
         """What a shard takes of each run: rows of (place, position, name, level, offset, num_bytes, renamed)."""
         by_run: dict[int, list[list[Any]]] = defaultdict(list)
-        for place, row in enumerate(entries.table.to_pylist()):
-            by_run[row["run"]].append(_values(place, row))
+        for place, (run, values) in enumerate(_rows(entries)):
+            by_run[run].append([place, *values])
         return [
             {
                 "run": vars(group.runs[number]),
@@ -200,11 +200,10 @@ class _Build:
     def _goals(self, group: "_Group", rows: np.ndarray, shards: list[PlannedShard]) -> list[dict[str, Any]]:
         """As `_reads`, with the name of the shard behind each row."""
         by_run: dict[int, list[list[Any]]] = defaultdict(list)
-        for goal, place, row in zip(
-            group.shard[rows].tolist(), group.place[rows].tolist(), group.entries.take(rows).table.to_pylist(),
-            strict=True,
-        ):  # fmt: skip
-            by_run[row["run"]].append([*_values(place, row), shards[goal].name])
+        for goal, place, (run, values) in zip(
+            group.shard[rows].tolist(), group.place[rows].tolist(), _rows(group.entries.take(rows)), strict=True
+        ):
+            by_run[run].append([place, *values, shards[goal].name])
         return [{"run": vars(group.runs[number]), "entries": by_run[number]} for number in sorted(by_run)]
 
     def _check(self, rejects: list[list[str]]) -> None:
@@ -263,10 +262,16 @@ class _Build:
         return contact_sheet([sample.pixels() for sample, _ in zip(samples, range(64), strict=False)])
 
 
-def _values(place: int, row: dict[str, Any]) -> list[Any]:
-    """One image of a job as a JSON list: names that are no UTF-8 as surrogates."""
-    name = row["name"].decode("utf-8", "surrogateescape")
-    return [place, row["position"], name, row["level"], row["offset"], row["num_bytes"], row["renamed"]]
+def _rows(entries: Entries) -> Iterator[tuple[int, list[Any]]]:
+    """Of each image the number of its run, and what a job says of it after its place: JSON values, names that are no
+    UTF-8 as surrogates."""
+    table = entries.table
+    runs, positions, offsets, sizes, renamed = (
+        table[name].to_numpy().tolist() for name in ("run", "position", "offset", "num_bytes", "renamed")
+    )
+    names = [name.decode("utf-8", "surrogateescape") for name in table["name"].to_pylist()]
+    values = zip(positions, names, table["level"].to_pylist(), offsets, sizes, renamed, strict=True)
+    return zip(runs, map(list, values), strict=True)
 
 
 def _kind(reason: str) -> str:
