@@ -95,6 +95,8 @@ def _stages(pipeline: Pipeline, config: PipelineConfig, until: str) -> None:
 def _figures(pipeline: Pipeline) -> None:
     facts = {report.name: report.artifact.facts for report in pipeline.reports}
     model, prior = facts["train_vqvae"], facts["train_prior"]
+    gain = prior["gain_bits_per_token"]
+    side = "below" if gain >= 0 else "above"
     print(
         f"PSNR {model['psnr_db']:.2f} dB on validation images, {model['psnr_db'] - model['shrunken_psnr_db']:+.2f} dB "
         f"over {model['shrunken_side']}x{model['shrunken_side']} bicubic, "
@@ -102,10 +104,7 @@ def _figures(pipeline: Pipeline) -> None:
         f"{model['same_bits_side']}x{model['same_bits_side']} (equal bits)"
     )
     print(f"codes: perplexity {model['perplexity']:.0f} of {model['K']}, {100 * model['usage']:.1f} % in use")
-    print(
-        f"prior: {prior['bits_per_token']:.3f} bits/token, "
-        f"{prior['gain_bits_per_token']:.2f} below the tokens' unigram entropy"
-    )
+    print(f"prior: {prior['bits_per_token']:.3f} bits/token, {abs(gain):.2f} {side} the tokens' unigram entropy")
 
 
 def _summary(pipeline: Pipeline, tracker: Tracker, seconds: float, reported: bool) -> None:

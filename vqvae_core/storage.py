@@ -51,6 +51,14 @@ def retry(action: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
     raise AssertionError("unreachable")
 
 
+def _give_pages_back(file: int, num_bytes: int) -> None:
+    """Of a large file that is on disk: they serve the next one, where a whole data set would push its own source out of
+    memory. A hint, which no write fails for."""
+    if num_bytes >= _LARGE_BYTES and hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def _is_answer(error: BaseException) -> bool:
     text = str(error)
     return any(word in text for word in ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT"))
@@ -178,10 +186,7 @@ class Folder:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-                if len(data) >= _LARGE_BYTES and hasattr(os, "posix_fadvise"):
-                    # Their pages serve the next file: new ones are dear in a virtual machine, and a whole data set
-                    # would push its own source out of memory.
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                _give_pages_back(file.fileno(), len(data))
             temporary.replace(path)
         except OSError as error:
             with contextlib.suppress(OSError):

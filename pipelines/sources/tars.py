@@ -1,6 +1,5 @@
 """Walking the headers of a tar inside a file, without unpacking it and without reading what is in it."""
 
-import contextlib
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ def members(
     try:
         # The encoding is named: the default follows the locale.
         with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
-            while (member := _next(tar, window)) is not None:
+            while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  it would keep them all
                 if member.size < 0 or member.offset_data + member.size > size:
                     raise SourceError(f"expected a complete tar at {where}, it ends inside {member.name!r}; restore it")
@@ -59,19 +58,6 @@ def members(
             _check_end(window, tar.offset, size, where)
     except (tarfile.TarError, EOFError) as error:
         raise SourceError(f"expected a complete tar at {where}, found: {error}; restore it") from error
-
-
-def _next(tar: tarfile.TarFile, window: Window) -> tarfile.TarInfo | None:
-    """tar.next(), which takes twice as long, where it has more to do than to read one header of a plain file."""
-    if tar.firstmember is None and not tar.pax_headers:  # type: ignore[attr-defined]
-        window.seek(tar.offset)
-        with contextlib.suppress(tarfile.HeaderError):  # the end, or nothing that can be read: it knows
-            member = tarfile.TarInfo.frombuf(window.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-            if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.size >= 0:
-                member.offset, member.offset_data = tar.offset, tar.offset + tarfile.BLOCKSIZE
-                tar.offset = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                return member
-    return tar.next()
 
 
 def _check_end(window: Window, end: int, size: int, where: str) -> None:
