@@ -9,7 +9,7 @@ import functools
 import io
 import itertools
 import json
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +33,7 @@ from pipelines.index import (
 from pipelines.plan import SPLITS, Plan, PlannedShard, make_plan
 from pipelines.progress import Progress
 from pipelines.sources import AnySource
-from pipelines.sources.base import Entry, Run, SourceError, SourceItem, readable
+from pipelines.sources.base import Entry, ReadsAhead, Run, SourceError, SourceItem, readable
 from pipelines.sources.files import forget_files
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, check_space, fan_out, read_sidecar, write_sidecar
 from vqvae_core.artifacts import Artifact, FileEntry, FileTable, hash_bytes
@@ -46,6 +46,7 @@ from vqvae_core.storage import Folder
 VERSION = 4
 REJECTS = "rejects.parquet"
 STAGING = "staging"
+_AHEAD_IMAGES = 32  # that a disk is asked for before they are read: some megabytes
 _STAGED = pa.schema(
     [
         ("place", pa.int32()),
@@ -138,7 +139,7 @@ class _Build:
     def _make_group(self, number: int, missing: list[PlannedShard], progress: Progress) -> None:
         group = _Group.load(self._index, self._plan, number)
         if self._source.random_access:
-            jobs = (self._shard_job(shard, reads=self._reads(group, group.of(shard))) for shard in missing)
+            jobs = (self._shard_job(shard, reads=group.reads(group.rows(shard))) for shard in missing)
         else:
             staged = self._stage(group)
             jobs = (
@@ -163,31 +164,19 @@ class _Build:
     def _shard_job(self, shard: PlannedShard, **how: Any) -> dict[str, Any]:
         return {"spec": self._spec, "name": shard.name, "count": shard.count, **how}
 
-    def _reads(self, group: "_Group", entries: Entries) -> list[dict[str, Any]]:
-        """What a shard takes of each run: rows of (place, position, name, level, offset, num_bytes, renamed)."""
-        by_run: dict[int, list[list[Any]]] = defaultdict(list)
-        for place, (run, values) in enumerate(_rows(entries)):
-            by_run[run].append([place, *values])
-        return [
-            {
-                "run": vars(group.runs[number]),
-                "entries": sorted(by_run[number], key=lambda values: values[1]),
-            }
-            for number in sorted(by_run)
-        ]
-
     def _stage(self, group: "_Group") -> list[dict[str, Any]]:
         """The first pass over a group: the records of its staged files, in order."""
-        shards = list(self._plan.shards(group.number))
-        batches = group.batches(shards)
+        shards = [shard.name for shard in self._plan.shards(group.number)]
+        batches = group.batches(len(shards))
         names = [f"g{group.number:06d}-{number:06d}" for number in range(len(batches))]
         done = set(itertools.compress(names, self._space.finished_parts(names, STAGING)))
-        total = sum(shard.count for shard in shards)
+        total = sum(shard.count for shard in self._plan.shards(group.number))
 
         def jobs() -> Iterator[dict[str, Any]]:
             for name, rows in zip(names, batches, strict=True):
                 if name not in done:
-                    yield {"spec": self._spec, "name": name, "reads": self._goals(group, rows, shards)}
+                    goals = [shards[number] for number in group.shard[rows].tolist()]
+                    yield {"spec": self._spec, "name": name, "reads": group.reads(rows), "shards": goals}
 
         first = sum(len(rows) for name, rows in zip(names, batches, strict=True) if name in done)
         with Progress("shard: reading first", total, "images", done=first) as reading:
@@ -196,15 +185,6 @@ class _Build:
                 self._check(result["rejects"])
                 reading.advance_to(reading.done + result["file"]["rows"] + len(result["rejects"]))
         return list(self._space.records(names, STAGING))
-
-    def _goals(self, group: "_Group", rows: np.ndarray, shards: list[PlannedShard]) -> list[dict[str, Any]]:
-        """As `_reads`, with the name of the shard behind each row."""
-        by_run: dict[int, list[list[Any]]] = defaultdict(list)
-        for goal, place, (run, values) in zip(
-            group.shard[rows].tolist(), group.place[rows].tolist(), _rows(group.entries.take(rows)), strict=True
-        ):
-            by_run[run].append([place, *values, shards[goal].name])
-        return [{"run": vars(group.runs[number]), "entries": by_run[number]} for number in sorted(by_run)]
 
     def _check(self, rejects: list[list[str]]) -> None:
         """An early stop where too much is rejected."""
@@ -262,18 +242,6 @@ class _Build:
         return contact_sheet([sample.pixels() for sample, _ in zip(samples, range(64), strict=False)])
 
 
-def _rows(entries: Entries) -> Iterator[tuple[int, list[Any]]]:
-    """Of each image the number of its run, and what a job says of it after its place: JSON values, names that are no
-    UTF-8 as surrogates."""
-    table = entries.table
-    runs, positions, offsets, sizes, renamed = (
-        table[name].to_numpy().tolist() for name in ("run", "position", "offset", "num_bytes", "renamed")
-    )
-    names = [name.decode("utf-8", "surrogateescape") for name in table["name"].to_pylist()]
-    values = zip(positions, names, table["level"].to_pylist(), offsets, sizes, renamed, strict=True)
-    return zip(runs, map(list, values), strict=True)
-
-
 def _kind(reason: str) -> str:
     return reason.split(":")[0]
 
@@ -321,16 +289,31 @@ class _Group:
             order.append(images)
         return cls(number, entries, shard, place, (order[0], order[1]), index.runs(plan.runs_of(number)))
 
-    def of(self, shard: PlannedShard) -> Entries:
-        """The images of a shard, in its order."""
-        return self.entries.take(self.order[shard.split][shard.first : shard.first + shard.count])
+    def rows(self, shard: PlannedShard) -> np.ndarray:
+        """Of `entries`: the images of a shard, in its order."""
+        return self.order[shard.split][shard.first : shard.first + shard.count]
 
-    def batches(self, shards: list[PlannedShard]) -> list[np.ndarray]:
+    def reads(self, rows: np.ndarray) -> dict[str, Any]:
+        """What a task reads: columns of JSON values with an item an image, run by run; the runs, and how many images
+        each has. Names that are no UTF-8 have surrogates."""
+        rows = np.sort(rows)  # entries are in the order of their runs
+        table = self.entries.take(rows).table
+        runs, counts = np.unique(table["run"].to_numpy(), return_counts=True)
+        return {
+            "runs": [vars(self.runs[number]) for number in runs.tolist()],
+            "counts": counts.tolist(),
+            "place": self.place[rows].tolist(),
+            "name": [name.decode("utf-8", "surrogateescape") for name in table["name"].to_pylist()],
+            "level": table["level"].to_pylist(),
+            **{name: table[name].to_numpy().tolist() for name in ("position", "offset", "num_bytes", "renamed")},
+        }
+
+    def batches(self, num_shards: int) -> list[np.ndarray]:
         """Rows of `entries`, cut at the ends of runs into what one staging task reads: some images for each shard, so
         that the second pass reads stretches and not single images. A run is never cut, it is read in one go."""
         wanted = np.flatnonzero(self.shard >= 0)
         runs = self.entries.table["run"].to_numpy()[wanted]
-        size = int(np.clip(8 * len(shards), 512, 16384))
+        size = int(np.clip(8 * num_shards, 512, 16384))
         ends = np.flatnonzero(np.diff(runs, append=-1)) + 1
         batches, begin = [], 0
         for end in ends.tolist():
@@ -349,8 +332,8 @@ def stage_runs(job: dict[str, Any]) -> dict[str, Any]:
         return done
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     rejects = []
-    for goal, prepared in _prepared(spec, job["reads"]):
-        place, shard = goal[0], goal[-1]
+    reads = job["reads"]
+    for place, shard, prepared in zip(reads["place"], job["shards"], _prepared(spec, reads), strict=True):
         if isinstance(prepared, Reject):
             rejects.append([shard, *dataclasses.astuple(prepared)])
             continue
@@ -386,11 +369,11 @@ def make_shard(job: dict[str, Any]) -> dict[str, Any]:
     made: dict[int, Prepared] = {}
     rejects: list[list[str]] = []
     if "reads" in job:
-        for goal, prepared in _prepared(spec, job["reads"]):
+        for place, prepared in zip(job["reads"]["place"], _prepared(spec, job["reads"]), strict=True):
             if isinstance(prepared, Reject):
                 rejects.append(list(dataclasses.astuple(prepared)))
             else:
-                made[goal[0]] = prepared
+                made[place] = prepared
     else:
         rejects = [reject[1:] for reject in job["rejects"]]
         for path, offset, num_bytes in job["segments"]:
@@ -442,27 +425,46 @@ class Reject:
     sha256: str
 
 
-def _prepared(spec: dict[str, Any], reads: list[dict[str, Any]]) -> Iterator[tuple[list[Any], Prepared | Reject]]:
-    """The images of a job's reads, each with its row of the job."""
+def _prepared(spec: dict[str, Any], reads: dict[str, Any]) -> Iterator[Prepared | Reject]:
+    """The images of a job, in the order of its columns: see `_Group.reads`."""
     forget_files()
     config, source = config_from_json(ShardConfig, spec["config"]), source_from_json(spec["source"])
     label_map, spool = _label_map(spec["spool"]), Folder(spec["spool"])
-    for read in reads:
-        run = Run(**read["run"])
-        rows = read["entries"]
-        entries = [
-            Entry(position=position, name=name, level=level, offset=offset, num_bytes=num_bytes)
-            for _, position, name, level, offset, num_bytes, *_ in rows
-        ]
-        items = source.read(run, entries, spool)
-        for row, entry in zip(rows, entries, strict=True):
+    columns = (reads[name] for name in ("position", "name", "level", "offset", "num_bytes"))
+    entries = (
+        Entry(position=position, name=name, level=level, offset=offset, num_bytes=num_bytes)
+        for position, name, level, offset, num_bytes in zip(*columns, strict=True)
+    )
+    renamed = iter(reads["renamed"])
+    counted = zip(reads["runs"], reads["counts"], strict=True)
+    runs = ((Run(**values), list(itertools.islice(entries, count))) for values, count in counted)
+    for run, mine in _ahead(source, runs):
+        items = source.read(run, mine, spool)
+        for entry in mine:
             item = next(items, None)
             if item is None or item.position != entry.position:
                 raise SourceError(
                     f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did the "
                     "source change while it was read?"
                 )
-            yield row, prepare(item, entry.level, key_of(run, entry, renamed=row[6]), run.name, config, label_map)
+            yield prepare(item, entry.level, key_of(run, entry, renamed=next(renamed)), run.name, config, label_map)
+
+
+def _ahead(source: AnySource, runs: Iterator[tuple[Run, list[Entry]]]) -> Iterator[tuple[Run, list[Entry]]]:
+    """The same runs, each after the source was told of some images beyond it."""
+    if not isinstance(source, ReadsAhead):
+        yield from runs
+        return
+    waiting: deque[tuple[Run, list[Entry]]] = deque()
+    told = 0
+    for run, entries in runs:
+        source.will_read(run, entries)
+        waiting.append((run, entries))
+        told += len(entries)
+        while told - len(waiting[0][1]) >= _AHEAD_IMAGES:
+            told -= len(waiting[0][1])
+            yield waiting.popleft()
+    yield from waiting
 
 
 @functools.lru_cache(maxsize=1)

@@ -56,9 +56,9 @@ def write_tar(samples: Iterable[Sample]) -> bytes:
 def _add(buffer: io.BytesIO, name: str, data: bytes) -> None:
     # Plain headers differ in three fields. The tarfile module needs five times as long for one.
     header = bytearray(_HEADER)
-    header[: len(name)] = name.encode("ascii")
-    header[124:135] = b"%011o" % len(data)
-    header[148:155] = b"%06o\0" % sum(header)
+    header[: len(name)] = encoded = name.encode("ascii")
+    header[124:135] = size = b"%011o" % len(data)
+    header[148:155] = b"%06o\0" % (_HEADER_SUM + sum(encoded) + sum(size))
     buffer.write(header)
     buffer.write(data)
     buffer.write(bytes(-len(data) % tarfile.BLOCKSIZE))
@@ -74,6 +74,7 @@ def _plain_header() -> bytes:
 
 
 _HEADER = _plain_header()
+_HEADER_SUM = sum(_HEADER)
 
 
 def read_tar(data: bytes, where: str) -> Iterator[Sample]:

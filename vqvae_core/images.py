@@ -25,7 +25,9 @@ ImageFormat = Literal["png", "webp", "jpg"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "webp", "jpg")
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _APP1, _APP2, _START_OF_PIXELS = 0xE1, 0xE2, 0xDA
+_TURNS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # the tag in EXIF of both byte orders, and in XMP
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of JPEG, with the picture's size
+_MODES = {1: "L", 3: "RGB"}  # of a JPEG, by its channels
 _BROKEN_EXIF = (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error)
 MAX_PIXELS = 100_000_000  # a larger picture is refused before its pixels are decoded
 
@@ -53,11 +55,12 @@ def load(data: bytes) -> Picture:
     Grey, palette, CMYK and 16-bit pictures become RGB of 8 bits; transparency is left out; EXIF orientation is applied;
     colour profiles are not. A file with more than one frame is refused, but for a photograph with a preview (MPO).
     """
-    size = _plain_jpeg(data)
-    if size is not None and 0 < size[0] * size[1] <= MAX_PIXELS:
-        pixels = _jpeg_pixels(data, *size)
+    plain = _plain_jpeg(data)
+    if plain is not None and 0 < plain[0] * plain[1] <= MAX_PIXELS:
+        width, height, mode = plain
+        pixels = _jpeg_pixels(data, width, height)
         if pixels is not None:
-            return Picture(pixels, *size, "JPEG", "RGB")
+            return Picture(pixels, width, height, "JPEG", mode)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -87,23 +90,28 @@ def load(data: bytes) -> Picture:
         raise ImageError(f"cannot be decoded: {type(error).__name__}") from error
 
 
-def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG in colour, where no marker before its pixels could turn it or hold a second picture
-    (EXIF, XMP, MPF). Nothing else is looked at: what is broken, the decoder finds."""
+def _plain_jpeg(data: bytes) -> tuple[int, int, str] | None:
+    """Width, height and mode of a JPEG in colour or grey, where nothing before its pixels could turn it (EXIF,
+    XMP) or hold a second picture (MPF). Nothing else is looked at: what is broken, the decoder finds."""
     if data[:2] != b"\xff\xd8":
         return None
-    size, position = None, 2
+    found, position, app1 = None, 2, False
     try:
         while data[position] == 0xFF and (marker := data[position + 1]) != _START_OF_PIXELS:
-            if marker == _APP1 or (marker == _APP2 and data[position + 4 : position + 7] == b"MPF"):
+            stop = position + 2 + int.from_bytes(data[position + 2 : position + 4])
+            if marker == _APP1:
+                if app1 or any(data.find(sign, position, stop) >= 0 for sign in _TURNS):
+                    return None  # more than one may be parts of one whole
+                app1 = True
+            if marker == _APP2 and data[position + 4 : position + 7] == b"MPF":
                 return None
             if marker in _FRAMES:
                 height, width, channels = struct.unpack_from(">HHB", data, position + 5)
-                if channels != 3:
+                if channels not in _MODES:
                     return None
-                size = width, height
-            position += 2 + int.from_bytes(data[position + 2 : position + 4])
-        return size if data[position] == 0xFF else None
+                found = width, height, _MODES[channels]
+            position = stop
+        return found if data[position] == 0xFF else None
     except (IndexError, struct.error):
         return None
 

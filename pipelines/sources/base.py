@@ -9,7 +9,7 @@ dataclass with the methods of `Source`, and its name in `pipelines/sources/__ini
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -119,6 +119,16 @@ class Source(Protocol):
 
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         """The images at these entries of a run, in their order (ascending position)."""
+        ...
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A source that can be told what comes next. Pictures that are taken from all over a data set are a wait for the
+    disk each, unless it is asked for some of them at a time."""
+
+    def will_read(self, run: Run, entries: Sequence[Entry]) -> None:
+        """`read` of these comes soon. Returns at once and never fails: what is wrong with them, `read` finds."""
         ...
 
 

@@ -26,6 +26,7 @@ from pipelines.sources.files import (
     open_source,
     place_of,
     read_files,
+    will_read,
 )
 from pipelines.sources.tars import MAX_MEMBER_BYTES
 from vqvae_core.artifacts import hash_json
@@ -125,8 +126,12 @@ class ClassFoldersSource:
     def labels(self, levels: set[str]) -> dict[str, int] | None:
         return number_by_name(levels)
 
+    def will_read(self, run: Run, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            will_read(self._folder, _name(run, entry), [(0, min(entry.num_bytes, MAX_MEMBER_BYTES))])
+
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
-        names = [f"{run.locator['folder']}/{entry.name}".lstrip("/") for entry in entries]
+        names = [_name(run, entry) for entry in entries]
         small = [name for name, entry in zip(names, entries, strict=True) if entry.num_bytes <= MAX_MEMBER_BYTES]
         files = read_files(self._folder, small)
         for name, entry in zip(names, entries, strict=True):
@@ -148,3 +153,7 @@ class ClassFoldersSource:
             else:
                 fault = f"cannot be read: {data.strerror or type(data).__name__}"
                 yield SourceItem(position=entry.position, facts=facts, fault=fault)
+
+
+def _name(run: Run, entry: Entry) -> str:
+    return f"{run.locator['folder']}/{entry.name}".lstrip("/")

@@ -1,12 +1,13 @@
 """The files of a source, local or on S3: listed by name and size, opened by name, read in ranges with read-ahead."""
 
+import contextlib
 import functools
 import hashlib
 import io
 import os
 import tarfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from vqvae_core.storage import Folder, StorageError, concurrently, retry
 _REQUESTS = 16  # in flight for one task on S3, where a read is all waiting
 _BLOCK_BYTES = 2048  # a tar header with a small file behind it
 _HASHED_BYTES = 1 << 24  # at a time
+_MAX_TOLD = 64  # files of `will_read` that are open
 _LISTINGS = 32  # folders on S3 that are listed at the same time
 
 
@@ -209,6 +211,35 @@ def unreadable(folder: Folder, name: str, error: BaseException) -> SourceError:
     )
 
 
+class _Local:
+    """An open file, closed when nobody has it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(os.fsencode(path), os.O_RDONLY)  # names that are no UTF-8 too
+        self.size = os.fstat(self.descriptor).st_size
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+_told: dict[tuple[Folder, str], _Local] = {}  # files of `will_read`: kept open for what reads them
+
+
+def will_read(folder: Folder, name: str, ranges: Iterable[tuple[int, int]]) -> None:
+    """(offset, size) of a file that are read soon: a local disk may begin with them now. A hint, which nothing fails
+    for: what is wrong with the file, its reader finds."""
+    if folder.is_local and hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            file = _told.pop((folder, name), None) or _Local(f"{folder.uri}/{name}")
+            _told[folder, name] = file
+            if len(_told) > _MAX_TOLD:
+                del _told[next(iter(_told))]
+            for offset, size in ranges:
+                if size > 0:  # 0 would be all of the file
+                    os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+
 @functools.lru_cache(maxsize=64)
 def _opened(folder: Folder, name: str) -> pa.NativeFile:
     """A file on S3. Opening one is a request, and a shard takes from hundreds of runs of one archive."""
@@ -217,6 +248,7 @@ def _opened(folder: Folder, name: str) -> pa.NativeFile:
 
 def forget_files() -> None:
     """Open and list files of a source anew from here on: it may have changed since an earlier job."""
+    _told.clear()
     _opened.cache_clear()
     list_folders.cache_clear()
 
@@ -248,18 +280,17 @@ class SourceFile(_Positioned):
     def __init__(self, folder: Folder, name: str) -> None:
         super().__init__()
         self.place = f"{folder.uri}/{name}"
-        self._file: pa.NativeFile | None = None
-        self._local = -1
+        self._file: _Local | pa.NativeFile
         if folder.is_local:
-            self._local = os.open(os.fsencode(f"{folder.uri}/{name}"), os.O_RDONLY)  # names that are no UTF-8 too
-            self._size = os.fstat(self._local).st_size
+            self._file = local = _told.get((folder, name)) or _Local(f"{folder.uri}/{name}")
+            self._size = local.size
         else:
-            file = _opened(folder, name)
-            self._file, self._size = file, file.size()
+            self._file = remote = _opened(folder, name)
+            self._size = remote.size()
 
     @property
     def is_remote(self) -> bool:
-        return self._file is not None
+        return not isinstance(self._file, _Local)
 
     def size(self) -> int:
         return self._size
@@ -280,28 +311,23 @@ class SourceFile(_Positioned):
         expected = max(0, min(num_bytes, self._size - offset))
         if not expected:
             return b""
-        if self._file is None:
-            data = os.pread(self._local, expected, offset)
+        file = self._file
+        if isinstance(file, _Local):
+            data = os.pread(file.descriptor, expected, offset)
             while 0 < len(data) < expected and (
-                more := os.pread(self._local, expected - len(data), offset + len(data))
+                more := os.pread(file.descriptor, expected - len(data), offset + len(data))
             ):
                 data += more  # one call reads 2 GiB at most
             if len(data) != expected:
                 raise OSError(f"{len(data)} of {expected} bytes of {self.place} came: it is cut while it is read")
             return data
-        return retry(lambda: self._complete(self._file, expected, offset))
+        return retry(lambda: self._complete(file, expected, offset))
 
     def _complete(self, file: Any, num_bytes: int, offset: int) -> bytes:
         data = file.read_at(num_bytes, offset)
         if len(data) != num_bytes:
             raise OSError(f"{len(data)} of {num_bytes} bytes came")
         return data
-
-    def close(self) -> None:
-        if self._local >= 0:
-            os.close(self._local)
-            self._local = -1
-        super().close()
 
 
 class Window(_Positioned):

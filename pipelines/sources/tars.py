@@ -1,17 +1,20 @@
 """Walking the headers of a tar inside a file, without unpacking it and without reading what is in it."""
 
+import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipelines.sources.base import Entry, SourceError, SourceItem
-from pipelines.sources.files import SourceFile, Window, hash_range, read_ranges
+from pipelines.sources.files import SourceFile, Window, hash_range, read_ranges, will_read
+from vqvae_core.storage import Folder
 
 MAX_MEMBER_BYTES = 256 << 20  # of one picture; a larger member is not read
 LINK = -1  # in the place of the size of a link, whose contents are elsewhere
 _SMALL_BYTES = 1 << 20  # of a label
 _STRETCH_BYTES = 1 << 16
 _KEPT_BYTES = (1 << 31) - 1
+_OCTAL = re.compile(rb" *([0-7]+)[ \0]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,21 @@ class Member:
     offset: int
     num_bytes: int
     data: bytes = b""
+
+
+class _Header(tarfile.TarInfo):
+    """As the library reads it, three times as fast for plain files, of which there may be millions."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        if len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE and not buf[345]:  # no prefix
+            name, end, _ = buf[:100].partition(b"\0")
+            number, checksum = _OCTAL.fullmatch(buf[124:136]), _OCTAL.fullmatch(buf[148:156])
+            if end and number and checksum and int(checksum[1], 8) == sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
+                header = cls(name.decode(encoding, errors))
+                header.size = int(number[1], 8)
+                return header
+        return super().frombuf(buf, encoding, errors)
 
 
 def members(
@@ -40,7 +58,9 @@ def members(
     window = Window(file, start, size, most=_SMALL_BYTES)
     try:
         # The encoding is named: the default follows the locale.
-        with tarfile.open(fileobj=window, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        with tarfile.open(
+            fileobj=window, mode="r:", tarinfo=_Header, encoding="utf-8", errors="surrogateescape"
+        ) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  it would keep them all
                 if member.size < 0 or member.offset_data + member.size > size:
@@ -74,6 +94,11 @@ def _check_end(window: Window, end: int, size: int, where: str) -> None:
                 f"expected nothing behind the end mark of {where} at byte {end}, found more; restore it if it is "
                 "damaged, or pack it again if it is several tars in one"
             )
+
+
+def will_read_members(folder: Folder, name: str, entries: Sequence[Entry]) -> None:
+    """What `read_members` will read of them: see `will_read`."""
+    will_read(folder, name, ((e.offset, e.num_bytes) for e in entries if 0 <= e.num_bytes <= MAX_MEMBER_BYTES))
 
 
 def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> Iterator[SourceItem]:

@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import pipelines.shard as shard_stage
 from cluster.session import Session
 from pipelines import stage
 from pipelines.config import Resources, ShardConfig
 from pipelines.shard import Prepared, Reject, RejectedError, prepare, shard
-from pipelines.sources import AnySource, ImageNetSource, RecordedFramesSource
-from pipelines.sources.base import SourceError, SourceItem
+from pipelines.sources import AnySource, ClassFoldersSource, ImageNetSource, RecordedFramesSource
+from pipelines.sources.base import Entry, Run, SourceError, SourceItem
 from pipelines.stage import Pipeline, check_space, fan_out
 from pipelines.tracking import Tracker
 from tests.pipelines.data import write_frames, write_imagenet
@@ -151,3 +152,16 @@ def test_a_task_that_kills_its_worker_ends(session: Session, monkeypatch: pytest
     monkeypatch.setattr(stage, "_WORKER_DEATHS", 1)
     with pytest.raises(InputError, match="a worker died 2 times in die: is memory short, .* the same command goes on"):
         list(fan_out(session, die, [{}]))
+
+
+def test_runs_come_in_order_some_images_after_the_disk_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_stage, "_AHEAD_IMAGES", 3)
+    told: list[str] = []
+    monkeypatch.setattr(ClassFoldersSource, "will_read", lambda self, run, entries: told.append(run.name))
+    runs = [
+        (Run(name=str(number)), [Entry(position=0, name="x")] * count)
+        for number, count in enumerate([1, 2, 1, 5, 0, 2])
+    ]
+    found = [(run.name, len(told)) for run, _ in shard_stage._ahead(ClassFoldersSource(), iter(runs))]
+    assert [name for name, _ in found] == ["0", "1", "2", "3", "4", "5"]
+    assert [count for _, count in found] == [3, 4, 4, 6, 6, 6]

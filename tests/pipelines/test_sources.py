@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import io
 import json
+import os
 import shutil
 import sys
 import tarfile
@@ -647,3 +648,70 @@ def test_an_episode_is_a_function_of_its_seed(tmp_path: Path) -> None:
     assert len({picture.tobytes() for picture in frames}) == 12, "it stands still"
     assert validation.run.name == "E1M3/000002"
     assert {entry.split for entry in validation.entries} == {"validation"}
+
+
+@pytest.mark.parametrize("kind", ["class_folders", "imagenet", "webdataset"])
+def test_a_disk_is_asked_for_what_is_read_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    WRITERS[kind](tmp_path)
+    source = SOURCES[kind](path=str(tmp_path))
+    assert isinstance(source, base.ReadsAhead)
+    asked: list[bytes] = []
+    monkeypatch.setattr(files.os, "posix_fadvise", lambda file, offset, n, _: asked.append(os.pread(file, n, offset)))
+    wanted = []
+    for found in indexed(source, tmp_path):
+        source.will_read(found.run, found.entries)
+        wanted += [item.image for item in read(source, found, tmp_path)]
+    assert len(wanted) > 3
+    assert asked == wanted
+    forget_files()
+    assert not [link for link in Path("/proc/self/fd").iterdir() if _target(link).startswith(str(tmp_path))]
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
+
+
+def test_what_is_not_there_is_found_by_its_reader_and_not_by_the_hint(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    source = ClassFoldersSource(path=str(tmp_path))
+    found = indexed(source, tmp_path)[0]
+    (tmp_path / found.run.locator["folder"] / found.entries[0].name).unlink()
+    source.will_read(found.run, found.entries)
+    assert read(source, found, tmp_path)[0].fault.startswith("cannot be read")
+
+
+def test_headers_are_read_as_the_library_reads_them() -> None:
+    """Plain ones by a shorter way."""
+    picture = tarfile.TarInfo("n01/n01_7.JPEG")
+    picture.size = 123_456
+    longer, odd, large, linked = (tarfile.TarInfo(name) for name in ("a" * 100, "b\udcff.jpg", "c.jpg", "d.jpg"))
+    longer.size, odd.size, large.size = 0, 7, 1 << 34
+    linked.type, linked.linkname = tarfile.SYMTYPE, "c.jpg"
+    ways = [(tarfile.GNU_FORMAT, "utf-8", "surrogateescape"), (tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")]
+    blocks = [member.tobuf(*way)[:512] for member in (picture, longer, odd, linked) for way in ways]
+    blocks += [large.tobuf(*ways[0]), blocks[0].replace(b"n01/", b"n02/"), b"x" * 512, blocks[0][:511], bytes(512), b""]
+    blocks += [blocks[0][:156] + kind + blocks[0][157:] for kind in (b"\0", b"S", b"7")]
+    blocks += [
+        blocks[0][:124] + size + blocks[0][136:] for size in (b"     361100 ", b"-0000361100\0", b"000000361100")
+    ]
+    blocks += [blocks[0][:345] + b"folder" + blocks[0][351:]]
+    blocks += [_with_checksum(block) for block in blocks if len(block) == 512]
+    seen = Counter(_header(tarfile.TarInfo, block) == _header(tars._Header, block) for block in blocks)
+    assert seen == {True: len(blocks)}
+    assert _header(tars._Header, blocks[0]) == ("n01/n01_7.JPEG", 123_456, tarfile.REGTYPE, "")
+
+
+def _header(kind: type[tarfile.TarInfo], block: bytes) -> object:
+    try:
+        found = kind.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return str(error), type(error)
+    return found.name, found.size, found.type, found.linkname
+
+
+def _with_checksum(block: bytes) -> bytes:
+    blank = block[:148] + b" " * 8 + block[156:]
+    return block[:148] + b"%06o\0 " % sum(blank) + block[156:]

@@ -85,18 +85,24 @@ def test_a_machine_without_vector_instructions_makes_the_same_pixels() -> None:
 
 
 def test_both_decoders_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The faster one is for upright, well-formed JPEGs in colour; Pillow has all others, and decides on faults."""
+    """The faster one is for upright, well-formed JPEGs; Pillow has CMYK and what may be turned, and decides on
+    faults."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     picture, turned = Image.fromarray(noise).resize((165, 113)), Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
+    named = Image.Exif()
+    named[ExifTags.Base.Make] = "camera"
     plain = [
         _saved(picture, quality=80, **options)
         for options in ({}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"keep_rgb": True},
                         {"restart_marker_blocks": 2}, {"comment": "words"}, {"icc_profile": b"profile"})
     ]  # fmt: skip
     plain += [plain[0] + b"more", _saved(picture.resize((40, 1))), _saved(picture.resize((1, 40)))]
-    plain += [_saved(picture, exif=b"Exif\0\0broken")]
-    others = [_saved(picture.convert(mode)) for mode in ("L", "CMYK")] + [_saved(picture, exif=turned)]
+    plain += [_saved(picture, exif=b"Exif\0\0broken"), _saved(picture, exif=named), _saved(picture.convert("L"))]
+    plain += [_saved(picture, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/"/>')]
+    others = [_saved(picture.convert("CMYK")), _saved(picture, exif=turned)]
+    turned.endian = ">"
+    others += [_saved(picture, exif=turned), _in_two_segments(turned.tobytes(), plain[0])]
     others += [_saved(picture, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="3"/>')]
     others += [plain[0][:2] + b"\0\0" + plain[0][2:], plain[5].replace(b"\xff\xd1", b"\xff\xd5")]
     found: list[bytes] = []
@@ -115,7 +121,16 @@ def test_both_decoders_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(images, "simplejpeg", None)
     for data, before in zip(plain + others, pixels, strict=True):
         assert np.array_equal(_pixels_or_reason(data), before)
-    assert np.shape(pixels[len(plain) + 2]) == (165, 113, 3)
+    for number in (1, 2, 3):
+        assert np.shape(pixels[len(plain) + number]) == (165, 113, 3)
+
+
+def _in_two_segments(exif: bytes, jpeg: bytes) -> bytes:
+    """The file with its EXIF cut in the middle of the tag for orientation."""
+    cut = exif.index(b"\x01\x12") + 1
+    parts = [exif[:cut], b"Exif\0\0" + exif[cut:]]
+    segments = [b"\xff\xe1" + (len(part) + 2).to_bytes(2, "big") + part for part in parts]
+    return jpeg[:2] + b"".join(segments) + jpeg[2:]
 
 
 def _pixels_or_reason(data: bytes) -> np.ndarray | str:
