@@ -34,9 +34,9 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
         if len(buf) == tarfile.BLOCKSIZE and buf[156:157] == tarfile.REGTYPE and not buf[345]:  # no prefix
-            name, end, _ = buf[:100].partition(b"\0")
+            name = buf[:100].partition(b"\0")[0]
             number, checksum = _OCTAL.fullmatch(buf[124:136]), _OCTAL.fullmatch(buf[148:156])
-            if end and number and checksum and int(checksum[1], 8) == sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
+            if number and checksum and int(checksum[1], 8) == sum(buf) - sum(buf[148:156]) + 8 * ord(" "):
                 header = cls(name.decode(encoding, errors))
                 header.size = int(number[1], 8)
                 return header
