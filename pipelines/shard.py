@@ -9,7 +9,7 @@ import functools
 import io
 import itertools
 import json
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -139,7 +139,7 @@ class _Build:
     def _make_group(self, number: int, missing: list[PlannedShard], progress: Progress) -> None:
         group = _Group.load(self._index, self._plan, number)
         if self._source.random_access:
-            jobs = (self._shard_job(shard, reads=group.reads(group.rows(shard))) for shard in missing)
+            jobs = (self._shard_job(shard, reads=group.reads(np.sort(group.rows(shard)))) for shard in missing)
         else:
             staged = self._stage(group)
             jobs = (
@@ -294,9 +294,8 @@ class _Group:
         return self.order[shard.split][shard.first : shard.first + shard.count]
 
     def reads(self, rows: np.ndarray) -> dict[str, Any]:
-        """What a task reads: columns of JSON values with an item an image, run by run; the runs, and how many images
-        each has. Names that are no UTF-8 have surrogates."""
-        rows = np.sort(rows)  # entries are in the order of their runs
+        """What a task reads of `entries`, at ascending rows: columns of JSON values with an item an image, run by run;
+        the runs, and how many images each has. Names that are no UTF-8 have surrogates."""
         table = self.entries.take(rows).table
         runs, counts = np.unique(table["run"].to_numpy(), return_counts=True)
         return {
@@ -430,41 +429,38 @@ def _prepared(spec: dict[str, Any], reads: dict[str, Any]) -> Iterator[Prepared 
     forget_files()
     config, source = config_from_json(ShardConfig, spec["config"]), source_from_json(spec["source"])
     label_map, spool = _label_map(spec["spool"]), Folder(spec["spool"])
+    runs, renamed = _runs(reads), iter(reads["renamed"])
+    tell = source.will_read if isinstance(source, ReadsAhead) else lambda run, entry: None
+    ahead = ((run, entry) for run, entries in runs for entry in entries)
+    try:
+        for told in itertools.islice(ahead, _AHEAD_IMAGES):
+            tell(*told)
+        for run, entries in runs:
+            items = source.read(run, entries, spool)
+            for entry in entries:
+                for told in itertools.islice(ahead, 1):
+                    tell(*told)
+                item = next(items, None)
+                if item is None or item.position != entry.position:
+                    raise SourceError(
+                        f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did "
+                        "the source change while it was read?"
+                    )
+                key = key_of(run, entry, renamed=next(renamed))
+                yield prepare(item, entry.level, key, run.name, config, label_map)
+    finally:
+        forget_files()
+
+
+def _runs(reads: dict[str, Any]) -> list[tuple[Run, list[Entry]]]:
+    """The runs of a job, each with its images."""
     columns = (reads[name] for name in ("position", "name", "level", "offset", "num_bytes"))
     entries = (
         Entry(position=position, name=name, level=level, offset=offset, num_bytes=num_bytes)
         for position, name, level, offset, num_bytes in zip(*columns, strict=True)
     )
-    renamed = iter(reads["renamed"])
     counted = zip(reads["runs"], reads["counts"], strict=True)
-    runs = ((Run(**values), list(itertools.islice(entries, count))) for values, count in counted)
-    for run, mine in _ahead(source, runs):
-        items = source.read(run, mine, spool)
-        for entry in mine:
-            item = next(items, None)
-            if item is None or item.position != entry.position:
-                raise SourceError(
-                    f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did the "
-                    "source change while it was read?"
-                )
-            yield prepare(item, entry.level, key_of(run, entry, renamed=next(renamed)), run.name, config, label_map)
-
-
-def _ahead(source: AnySource, runs: Iterator[tuple[Run, list[Entry]]]) -> Iterator[tuple[Run, list[Entry]]]:
-    """The same runs, each after the source was told of some images beyond it."""
-    if not isinstance(source, ReadsAhead):
-        yield from runs
-        return
-    waiting: deque[tuple[Run, list[Entry]]] = deque()
-    told = 0
-    for run, entries in runs:
-        source.will_read(run, entries)
-        waiting.append((run, entries))
-        told += len(entries)
-        while told - len(waiting[0][1]) >= _AHEAD_IMAGES:
-            told -= len(waiting[0][1])
-            yield waiting.popleft()
-    yield from waiting
+    return [(Run(**values), list(itertools.islice(entries, count))) for values, count in counted]
 
 
 @functools.lru_cache(maxsize=1)

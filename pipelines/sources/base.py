@@ -127,8 +127,8 @@ class ReadsAhead(Protocol):
     """A source that can be told what comes next. Pictures that are taken from all over a data set are a wait for the
     disk each, unless it is asked for some of them at a time."""
 
-    def will_read(self, run: Run, entries: Sequence[Entry]) -> None:
-        """`read` of these comes soon. Returns at once and never fails: what is wrong with them, `read` finds."""
+    def will_read(self, run: Run, entry: Entry) -> None:
+        """`read` of this one comes soon. Reads nothing and never fails: what is wrong with it, `read` finds."""
         ...
 
 

@@ -126,9 +126,9 @@ class ClassFoldersSource:
     def labels(self, levels: set[str]) -> dict[str, int] | None:
         return number_by_name(levels)
 
-    def will_read(self, run: Run, entries: Sequence[Entry]) -> None:
-        for entry in entries:
-            will_read(self._folder, _name(run, entry), [(0, min(entry.num_bytes, MAX_MEMBER_BYTES))])
+    def will_read(self, run: Run, entry: Entry) -> None:
+        if entry.num_bytes <= MAX_MEMBER_BYTES:
+            will_read(self._folder, _name(run, entry), 0, entry.num_bytes)
 
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         names = [_name(run, entry) for entry in entries]

@@ -7,7 +7,7 @@ import io
 import os
 import tarfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,7 +216,6 @@ class _Local:
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(os.fsencode(path), os.O_RDONLY)  # names that are no UTF-8 too
-        self.size = os.fstat(self.descriptor).st_size
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -226,18 +225,16 @@ class _Local:
 _told: dict[tuple[Folder, str], _Local] = {}  # files of `will_read`: kept open for what reads them
 
 
-def will_read(folder: Folder, name: str, ranges: Iterable[tuple[int, int]]) -> None:
-    """(offset, size) of a file that are read soon: a local disk may begin with them now. A hint, which nothing fails
-    for: what is wrong with the file, its reader finds."""
-    if folder.is_local and hasattr(os, "posix_fadvise"):
+def will_read(folder: Folder, name: str, offset: int, num_bytes: int) -> None:
+    """A stretch of a file is read soon: a local disk may begin with it now. A hint, which nothing fails for: what is
+    wrong with the file, its reader finds. The file stays open until 64 others were told of, or `forget_files`."""
+    if folder.is_local and num_bytes > 0 and hasattr(os, "posix_fadvise"):  # 0 would be all of the file
         with contextlib.suppress(OSError):
             file = _told.pop((folder, name), None) or _Local(f"{folder.uri}/{name}")
             _told[folder, name] = file
             if len(_told) > _MAX_TOLD:
                 del _told[next(iter(_told))]
-            for offset, size in ranges:
-                if size > 0:  # 0 would be all of the file
-                    os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
 @functools.lru_cache(maxsize=64)
@@ -280,17 +277,17 @@ class SourceFile(_Positioned):
     def __init__(self, folder: Folder, name: str) -> None:
         super().__init__()
         self.place = f"{folder.uri}/{name}"
-        self._file: _Local | pa.NativeFile
+        self._file: _Local | pa.NativeFile | None
         if folder.is_local:
             self._file = local = _told.get((folder, name)) or _Local(f"{folder.uri}/{name}")
-            self._size = local.size
+            self._size = os.fstat(local.descriptor).st_size  # of now: it may have changed since it was told of
         else:
             self._file = remote = _opened(folder, name)
             self._size = remote.size()
 
     @property
     def is_remote(self) -> bool:
-        return not isinstance(self._file, _Local)
+        return isinstance(self._file, pa.NativeFile)
 
     def size(self) -> int:
         return self._size
@@ -321,6 +318,8 @@ class SourceFile(_Positioned):
             if len(data) != expected:
                 raise OSError(f"{len(data)} of {expected} bytes of {self.place} came: it is cut while it is read")
             return data
+        if file is None:
+            raise ValueError(f"read of {self.place} after it was closed")
         return retry(lambda: self._complete(file, expected, offset))
 
     def _complete(self, file: Any, num_bytes: int, offset: int) -> bytes:
@@ -328,6 +327,10 @@ class SourceFile(_Positioned):
         if len(data) != num_bytes:
             raise OSError(f"{len(data)} of {num_bytes} bytes came")
         return data
+
+    def close(self) -> None:
+        self._file = None
+        super().close()
 
 
 class Window(_Positioned):

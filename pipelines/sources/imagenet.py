@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from pipelines.sources.base import Entry, Part, Run, RunIndex, SourceError, SourceItem, number_by_name, readable
 from pipelines.sources.files import list_files, open_source, place_of
-from pipelines.sources.tars import members, read_members, will_read_members
+from pipelines.sources.tars import members, read_members, will_read_member
 from vqvae_core.artifacts import hash_bytes
 from vqvae_core.storage import Folder
 
@@ -110,8 +110,8 @@ class ImageNetSource:
     def labels(self, levels: set[str]) -> dict[str, int] | None:
         return number_by_name(levels)
 
-    def will_read(self, run: Run, entries: Sequence[Entry]) -> None:
-        will_read_members(self._folder, run.locator["archive"], entries)
+    def will_read(self, run: Run, entry: Entry) -> None:
+        will_read_member(self._folder, run.locator["archive"], entry)
 
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         archive = run.locator["archive"]

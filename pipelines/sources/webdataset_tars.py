@@ -25,7 +25,7 @@ from pipelines.sources.base import (
     split_by_fraction,
 )
 from pipelines.sources.files import extension_of, identity_of, list_files, open_source, place_of
-from pipelines.sources.tars import LINK, Member, members, read_members, will_read_members
+from pipelines.sources.tars import LINK, Member, members, read_members, will_read_member
 from vqvae_core.storage import Folder
 
 _IMAGES = ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -96,8 +96,8 @@ class WebDatasetSource:
     def labels(self, levels: set[str]) -> dict[str, int] | None:
         return number_by_name(levels)
 
-    def will_read(self, run: Run, entries: Sequence[Entry]) -> None:
-        will_read_members(self._folder, run.locator["file"], entries)
+    def will_read(self, run: Run, entry: Entry) -> None:
+        will_read_member(self._folder, run.locator["file"], entry)
 
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         with open_source(self._folder, run.locator["file"]) as file:

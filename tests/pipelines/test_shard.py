@@ -1,5 +1,7 @@
 """The shard stage on small sources: its plan, its rejects, its output."""
 
+import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,13 @@ import pipelines.shard as shard_stage
 from cluster.session import Session
 from pipelines import stage
 from pipelines.config import Resources, ShardConfig
+from pipelines.index import source_to_json
 from pipelines.shard import Prepared, Reject, RejectedError, prepare, shard
 from pipelines.sources import AnySource, ClassFoldersSource, ImageNetSource, RecordedFramesSource
-from pipelines.sources.base import Entry, Run, SourceError, SourceItem
+from pipelines.sources.base import SourceError, SourceItem
 from pipelines.stage import Pipeline, check_space, fan_out
 from pipelines.tracking import Tracker
-from tests.pipelines.data import write_frames, write_imagenet
+from tests.pipelines.data import write_class_folders, write_frames, write_imagenet
 from vqvae_core.artifacts import hash_bytes
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
@@ -154,14 +157,23 @@ def test_a_task_that_kills_its_worker_ends(session: Session, monkeypatch: pytest
         list(fan_out(session, die, [{}]))
 
 
-def test_runs_come_in_order_some_images_after_the_disk_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_is_told_of_some_images_ahead_and_of_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_class_folders(tmp_path / "source")
+    source = ClassFoldersSource(path=str(tmp_path / "source"), validation_fraction=0.0)
+    happened: list[str] = []
+    monkeypatch.setattr(ClassFoldersSource, "will_read", lambda self, run, entry: happened.append("told"))
     monkeypatch.setattr(shard_stage, "_AHEAD_IMAGES", 3)
-    told: list[str] = []
-    monkeypatch.setattr(ClassFoldersSource, "will_read", lambda self, run, entries: told.append(run.name))
-    runs = [
-        (Run(name=str(number)), [Entry(position=0, name="x")] * count)
-        for number, count in enumerate([1, 2, 1, 5, 0, 2])
-    ]
-    found = [(run.name, len(told)) for run, _ in shard_stage._ahead(ClassFoldersSource(), iter(runs))]
-    assert [name for name, _ in found] == ["0", "1", "2", "3", "4", "5"]
-    assert [count for _, count in found] == [3, 4, 4, 6, 6, 6]
+    monkeypatch.setattr(shard_stage, "_label_map", lambda spool: None)
+    parts = [found for part in source.parts() for found in source.index(part, Folder.of(tmp_path))]
+    names = ("position", "name", "level", "offset", "num_bytes")
+    reads: dict[str, object] = {name: [getattr(e, name) for found in parts for e in found.entries] for name in names}
+    reads["runs"], reads["counts"] = [vars(found.run) for found in parts], [len(found.entries) for found in parts]
+    reads["renamed"] = [False] * sum(reads["counts"])
+    config = dataclasses.asdict(ShardConfig(image_size=8))
+    spec = {"config": config, "source": source_to_json(source), "spool": str(tmp_path)}
+    for _ in shard_stage._prepared(spec, reads):
+        happened.append("read")
+    assert len(reads["name"]) > 8
+    assert happened[:9] == ["told", "told", "told", "told", "read", "told", "read", "told", "read"]
+    assert Counter(happened) == {"told": len(reads["name"]), "read": len(reads["name"])}
+    assert happened[-3:] == ["read"] * 3

@@ -33,7 +33,7 @@ from pipelines.sources import (
     tars,
 )
 from pipelines.sources.base import RunIndex, SourceError, SourceItem, given_split, number_by_name, splits_of
-from pipelines.sources.files import forget_files
+from pipelines.sources.files import forget_files, open_source
 from tests.pipelines.data import (
     WRITERS,
     frame,
@@ -659,12 +659,18 @@ def test_a_disk_is_asked_for_what_is_read_next(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(files.os, "posix_fadvise", lambda file, offset, n, _: asked.append(os.pread(file, n, offset)))
     wanted = []
     for found in indexed(source, tmp_path):
-        source.will_read(found.run, found.entries)
+        for entry in found.entries:
+            source.will_read(found.run, entry)
         wanted += [item.image for item in read(source, found, tmp_path)]
     assert len(wanted) > 3
     assert asked == wanted
     forget_files()
-    assert not [link for link in Path("/proc/self/fd").iterdir() if _target(link).startswith(str(tmp_path))]
+    assert _open_files(tmp_path) == []
+
+
+def _open_files(folder: Path) -> list[Path]:
+    """Of this process, below a folder."""
+    return [link for link in Path("/proc/self/fd").iterdir() if _target(link).startswith(str(folder))]
 
 
 def _target(link: Path) -> str:
@@ -679,11 +685,43 @@ def test_what_is_not_there_is_found_by_its_reader_and_not_by_the_hint(tmp_path: 
     source = ClassFoldersSource(path=str(tmp_path))
     found = indexed(source, tmp_path)[0]
     (tmp_path / found.run.locator["folder"] / found.entries[0].name).unlink()
-    source.will_read(found.run, found.entries)
+    source.will_read(found.run, found.entries[0])
     assert read(source, found, tmp_path)[0].fault.startswith("cannot be read")
 
 
-def test_headers_are_read_as_the_library_reads_them() -> None:
+def test_a_file_that_grows_after_the_disk_was_told_of_it(tmp_path: Path) -> None:
+    write_class_folders(tmp_path)
+    source = ClassFoldersSource(path=str(tmp_path))
+    found = indexed(source, tmp_path)[0]
+    source.will_read(found.run, found.entries[0])
+    with (tmp_path / found.run.locator["folder"] / found.entries[0].name).open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(SourceError, match="it changed since it was listed"):
+        read(source, found, tmp_path)
+
+
+def test_no_more_than_some_files_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_MAX_TOLD", 2)
+    write_class_folders(tmp_path)
+    source = ClassFoldersSource(path=str(tmp_path))
+    found = indexed(source, tmp_path)[0]
+    assert len(found.entries) > 3
+    for entry in found.entries:
+        source.will_read(found.run, entry)
+    assert len(_open_files(tmp_path)) == 2
+    monkeypatch.delattr(files.os, "posix_fadvise")
+    forget_files()
+    source.will_read(found.run, found.entries[0])
+    assert _open_files(tmp_path) == []
+    file = open_source(Folder.of(tmp_path), f"{found.run.locator['folder']}/{found.entries[0].name}")
+    assert len(_open_files(tmp_path)) == 1
+    file.close()
+    assert _open_files(tmp_path) == []
+    with pytest.raises(ValueError, match="after it was closed"):
+        file.read_at(0, 1)
+
+
+def test_headers_are_read_as_the_library_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain ones by a shorter way."""
     picture = tarfile.TarInfo("n01/n01_7.JPEG")
     picture.size = 123_456
@@ -701,10 +739,14 @@ def test_headers_are_read_as_the_library_reads_them() -> None:
     blocks += [_with_checksum(block) for block in blocks if len(block) == 512]
     seen = Counter(_header(tarfile.TarInfo, block) == _header(tars._Header, block) for block in blocks)
     assert seen == {True: len(blocks)}
+    owner = _with_checksum(blocks[0][:108] + b"someone\0" + blocks[0][116:])
+    assert _header(tarfile.TarInfo, owner)[1] is tarfile.InvalidHeaderError
+    monkeypatch.delattr(tarfile.TarInfo, "frombuf")
     assert _header(tars._Header, blocks[0]) == ("n01/n01_7.JPEG", 123_456, tarfile.REGTYPE, "")
+    assert _header(tars._Header, owner) == ("n01/n01_7.JPEG", 123_456, tarfile.REGTYPE, "")
 
 
-def _header(kind: type[tarfile.TarInfo], block: bytes) -> object:
+def _header(kind: type[tarfile.TarInfo], block: bytes) -> tuple[object, ...]:
     try:
         found = kind.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:

@@ -105,6 +105,8 @@ def test_both_decoders_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> N
     others += [_saved(picture, exif=turned), _in_two_segments(turned.tobytes(), plain[0])]
     others += [_saved(picture, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="3"/>')]
     others += [plain[0][:2] + b"\0\0" + plain[0][2:], plain[5].replace(b"\xff\xd1", b"\xff\xd5")]
+    assert None not in map(images._plain_jpeg, plain)
+    assert {*map(images._plain_jpeg, others[:-1])} == {None}  # the last one is plain, and broken
     found: list[bytes] = []
     assert images.simplejpeg is not None
     decode_jpeg = images.simplejpeg.decode_jpeg
