@@ -118,6 +118,11 @@ def warm_codec() -> None:
     import torch
 
     torch.set_num_threads(1)
+    use_codec()
+
+
+def use_codec() -> None:
+    """Once: its libraries are loaded after it."""
     made = io.BytesIO()
     Image.new("RGB", (64, 64)).save(made, "JPEG")
     decode_resize_encode_fast(made.getvalue(), 32, "JPEG", {})
@@ -135,8 +140,15 @@ def inner_archives(archive: Path) -> list[tuple[str, int, int]]:
         return [(member.name, member.offset_data, member.size) for member in outer]
 
 
+def free_memory_bytes() -> int:
+    """What programs and the operating system's memory of files could take."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
 class Memory:
-    """The peak of the memory of this process and all that it starts: what each has for itself, and what they share
+    """The peak, seen twice a second, of the memory of this process and all that it starts, which are looked for every
+    five seconds after the first ten: what each has for itself, and what they share
     (the largest part that one of them has mapped). Programs and libraries, which are files, are not counted."""
 
     def __enter__(self) -> "Memory":
@@ -154,7 +166,7 @@ class Memory:
         for number in itertools.count():
             if self._stop.wait(0.5):
                 return
-            if number % 10 == 0:  # to find them takes ten times as long as to measure them
+            if number < 20 or number % 10 == 0:  # to find them takes ten times as long as to measure them
                 family = _family("self")
             found = [_own_and_shared_bytes(pid) for pid in family]
             now = sum(own for own, _ in found) + max(shared for _, shared in found)
