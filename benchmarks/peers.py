@@ -147,9 +147,9 @@ def free_memory_bytes() -> int:
 
 
 class Memory:
-    """The peak, seen twice a second, of the memory of this process and all that it starts, which are looked for every
-    five seconds after the first ten: what each has for itself, and what they share
-    (the largest part that one of them has mapped). Programs and libraries, which are files, are not counted."""
+    """The peak of the memory of this process and all that it starts: what each has for itself, and what they share
+    (the largest part that one of them has mapped). Programs and libraries, which are files, are not counted. Measured
+    twice a second; after the first ten seconds, new processes are looked for every five."""
 
     def __enter__(self) -> "Memory":
         self.peak_bytes = 0

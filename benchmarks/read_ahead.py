@@ -54,7 +54,7 @@ def prepare(spec: dict[str, Any], jobs: list[dict[str, Any]], ahead: int) -> int
     """Prepare the images of some shards, with `ahead` of them told to the disk. Returns how many they are."""
     from pipelines import shard
 
-    shard._AHEAD_IMAGES = ahead  # type: ignore[attr-defined]  none: the hint comes with the read itself
+    shard._AHEAD_IMAGES = ahead  # of this process; at 0 the hint comes with the read itself
     return sum(1 for job in jobs for _ in shard._prepared(spec, job))
 
 
