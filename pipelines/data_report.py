@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from xxhash import xxh3_64_intdigest
 
 from vqvae_core.images import encode, grid
@@ -21,7 +20,7 @@ SHEET = "contact_sheet.png"
 SIDES = (32, 64, 128, 256, 512, 1024, 2048)  # bounds of the histogram of shorter sides, in pixels
 MAX_HASHES = 1 << 28  # 2 GiB of them: above, duplicates are not counted
 _SHEET_IMAGES, _SHEET_COLUMNS = 64, 16
-_POWERS = np.stack([np.arange(256), np.arange(256) ** 2])
+_EXACT_ROWS = 2**24 // 255**2  # of as many squares float32 holds the sum exactly
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,24 @@ class Origin:
     squares: list[int]
 
     @classmethod
-    def of(cls, width: int, height: int, kind: str, data: bytes, picture: Image.Image) -> "Origin":
-        """data: the bytes of the file; picture: what became of it."""
-        # By the histogram, which is ten times faster than summing the pixels.
-        sums, squares = (_POWERS @ np.array(picture.histogram(), np.int64).reshape(3, 256).T).tolist()
+    def of(cls, width: int, height: int, kind: str, data: bytes, pixels: np.ndarray) -> "Origin":
+        """data: the bytes of the file; pixels: what became of it, uint8 (H, W, 3)."""
+        sums, squares = _sums(pixels)
         return cls(width, height, kind, xxh3_64_intdigest(data), sums, squares)
+
+
+def _sums(pixels: np.ndarray) -> list[list[int]]:
+    """The sums of each channel's pixels, and of their squares."""
+    # Of some rows at a time in float32, which is twice as fast as in whole numbers and as exact.
+    height, width, channels = pixels.shape
+    sums = np.zeros((2, width * channels))
+    for first in range(0, height, _EXACT_ROWS):
+        rows = pixels[first : first + _EXACT_ROWS].reshape(-1, width * channels).astype(np.float32)
+        ones = np.ones(len(rows), np.float32)
+        sums[0] += ones @ rows
+        np.multiply(rows, rows, out=rows)
+        sums[1] += ones @ rows
+    return sums.reshape(2, width, channels).sum(axis=1).astype(np.int64).tolist()
 
 
 def summarize(origins: Iterable[Origin], levels: Iterable[str | None], size: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cluster.session import Session
 from pipelines import index, verify
 from pipelines import shard as shard_stage
 from pipelines.config import Resources, ShardConfig
+from pipelines.data_report import Origin
 from pipelines.shard import RejectedError, shard
 from pipelines.sources import SOURCES
 from pipelines.stage import Pipeline
@@ -281,3 +282,12 @@ def test_the_data_report_counts(tmp_path: Path) -> None:
     assert report["mean"] == pytest.approx(pixels.mean(axis=0), rel=1e-12)
     assert report["deviation"] == pytest.approx(pixels.std(axis=0), rel=1e-12)
     assert images.artifact.read("contact_sheet.png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("height", [2, 257, 258, 259, 700])
+def test_the_sums_of_bright_and_tall_images_are_exact(height: int) -> None:
+    pixels = np.random.default_rng(height).integers(240, 256, (height, 5, 3), dtype=np.uint8)
+    origin = Origin.of(5, height, "PNG RGB", b"", pixels)
+    wide = pixels.astype(np.int64)
+    assert origin.sums == wide.sum(axis=(0, 1)).tolist()
+    assert origin.squares == (wide**2).sum(axis=(0, 1)).tolist()

@@ -1,10 +1,12 @@
 """The shard stage on small sources: its plan, its rejects, its output."""
 
+import base64
 import dataclasses
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -165,15 +167,23 @@ def test_the_disk_is_told_of_some_images_ahead_and_of_no_more(tmp_path: Path, mo
     monkeypatch.setattr(shard_stage, "_AHEAD_IMAGES", 3)
     monkeypatch.setattr(shard_stage, "_label_map", lambda spool: None)
     parts = [found for part in source.parts() for found in source.index(part, Folder.of(tmp_path))]
-    names = ("position", "name", "level", "offset", "num_bytes")
-    reads: dict[str, object] = {name: [getattr(e, name) for found in parts for e in found.entries] for name in names}
-    reads["runs"], reads["counts"] = [vars(found.run) for found in parts], [len(found.entries) for found in parts]
-    reads["renamed"] = [False] * sum(reads["counts"])
+    entries = [entry for found in parts for entry in found.entries]
+    values = [
+        {**dataclasses.asdict(entry), "name": entry.name.encode(), "renamed": False, "place": place}
+        for place, entry in enumerate(entries)
+    ]
+    images = shard_stage._ipc(pa.Table.from_pylist(values, schema=shard_stage._READ))
+    reads = {
+        "runs": [vars(found.run) for found in parts],
+        "counts": [len(found.entries) for found in parts],
+        "images": base64.b64encode(images).decode(),
+    }
     config = dataclasses.asdict(ShardConfig(image_size=8))
     spec = {"config": config, "source": source_to_json(source), "spool": str(tmp_path)}
-    for _ in shard_stage._prepared(spec, reads):
+    for number, (place, _) in enumerate(shard_stage._prepared(spec, reads)):
         happened.append("read")
-    assert len(reads["name"]) > 8
+        assert place == number
+    assert len(entries) > 8
     assert happened[:9] == ["told", "told", "told", "told", "read", "told", "read", "told", "read"]
-    assert Counter(happened) == {"told": len(reads["name"]), "read": len(reads["name"])}
+    assert Counter(happened) == {"told": len(entries), "read": len(entries)}
     assert happened[-3:] == ["read"] * 3
