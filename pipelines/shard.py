@@ -47,6 +47,7 @@ VERSION = 4
 REJECTS = "rejects.parquet"
 STAGING = "staging"
 _AHEAD_IMAGES = 32  # that a disk is asked for before they are read: some megabytes
+_BATCH_IMAGES, _BATCH_BYTES = 16, 4 << 20  # that are held at a time as they are in the source
 _STAGED = pa.schema(
     [
         ("place", pa.int32()),
@@ -439,33 +440,81 @@ class Reject:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _Found:
+    """An image of a job as it was read. place: in its shard."""
+
+    item: SourceItem
+    key: str
+    level: str | None
+    run: str
+    place: int
+
+    @property
+    def num_bytes(self) -> int:
+        image = self.item.image
+        return image.nbytes if isinstance(image, np.ndarray) else len(image or b"")
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """An image at the recipe's size: uint8 (size, size, 3), and as a file. What it was before: see `Origin`."""
+
+    width: int
+    height: int
+    kind: str
+    pixels: np.ndarray
+    data: bytes
+
+
 def _prepared(spec: dict[str, Any], reads: dict[str, Any]) -> Iterator[tuple[int, Prepared | Reject]]:
     """The images of a job, in its order, each with its place in its shard: see `_Group.reads`."""
     forget_files()
     config, source = config_from_json(ShardConfig, spec["config"]), source_from_json(spec["source"])
     label_map, spool = _label_map(spec["spool"]), Folder(spec["spool"])
+    try:
+        for batch in _batches(_found(source, spool, reads)):
+            # One step for all of them, then the next: the code of a single step stays in a processor's caches.
+            fitted = [_fitted(found.item, found.level, config, label_map) for found in batch]
+            for found, result in zip(batch, fitted, strict=True):
+                yield found.place, _finished(found, result, config, label_map)
+    finally:
+        forget_files()
+
+
+def _found(source: AnySource, spool: Folder, reads: dict[str, Any]) -> Iterator[_Found]:
     images = _images_of(reads)
     runs, renamed, places = _runs(reads, images), iter(images["renamed"]), iter(images["place"])
     tell = source.will_read if isinstance(source, ReadsAhead) else lambda run, entry: None
     ahead = ((run, entry) for run, entries in runs for entry in entries)
-    try:
-        for told in itertools.islice(ahead, _AHEAD_IMAGES):
-            tell(*told)
-        for run, entries in runs:
-            items = source.read(run, entries, spool)
-            for entry in entries:
-                for told in itertools.islice(ahead, 1):
-                    tell(*told)
-                item = next(items, None)
-                if item is None or item.position != entry.position:
-                    raise SourceError(
-                        f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did "
-                        "the source change while it was read?"
-                    )
-                key = key_of(run, entry, renamed=next(renamed))
-                yield next(places), prepare(item, entry.level, key, run.name, config, label_map)
-    finally:
-        forget_files()
+    for told in itertools.islice(ahead, _AHEAD_IMAGES):
+        tell(*told)
+    for run, entries in runs:
+        items = source.read(run, entries, spool)
+        for entry in entries:
+            for told in itertools.islice(ahead, 1):
+                tell(*told)
+            item = next(items, None)
+            if item is None or item.position != entry.position:
+                raise SourceError(
+                    f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did "
+                    "the source change while it was read?"
+                )
+            key = key_of(run, entry, renamed=next(renamed))
+            yield _Found(item=item, key=key, level=entry.level, run=run.name, place=next(places))
+
+
+def _batches(images: Iterator[_Found]) -> Iterator[list[_Found]]:
+    """Some images at a time, fewer where they are large."""
+    batch, num_bytes = [], 0
+    for found in images:
+        batch.append(found)
+        num_bytes += found.num_bytes
+        if len(batch) == _BATCH_IMAGES or num_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def _images_of(reads: dict[str, Any]) -> dict[str, list[Any]]:
@@ -499,18 +548,12 @@ def key_of(run: Run, entry: Entry, *, renamed: bool) -> str:
     return f"{key[: KEY_CHARACTERS - 17]}-{hash_bytes(f'{run.name}#{entry.position}'.encode())[:16]}"
 
 
-def prepare(
-    item: SourceItem,
-    level: str | None,
-    key: str,
-    run: str,
-    config: ShardConfig,
-    label_map: dict[str, int] | None,
-) -> Prepared | Reject:
-    """An item at the recipe's size, or the record of its rejection."""
-    source_bytes = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
+def _fitted(
+    item: SourceItem, level: str | None, config: ShardConfig, label_map: dict[str, int] | None
+) -> _Fitted | ImageError:
+    """An item at the recipe's size, or why it is rejected."""
     try:
-        if item.fault or source_bytes is None or item.image is None:
+        if item.fault or item.image is None:
             raise ImageError(item.fault)
         if label_map and level is None:
             raise ImageError("no label: other images of the source have one")
@@ -526,16 +569,26 @@ def prepare(
         if min(height, width) < 2:
             raise ImageError(f"too small: is {width} x {height}")
         small = resize_and_crop(picture.pixels, size)
-        data = encode(small, config.image_format)
+        kind = f"{picture.file_format} {picture.mode}"
+        return _Fitted(picture.width, picture.height, kind, small, encode(small, config.image_format))
     except ImageError as error:
+        return error
+
+
+def _finished(
+    found: _Found, fitted: _Fitted | ImageError, config: ShardConfig, label_map: dict[str, int] | None
+) -> Prepared | Reject:
+    item, level = found.item, found.level
+    source_bytes = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
+    if isinstance(fitted, ImageError) or source_bytes is None:
         sha256 = item.sha256 if source_bytes is None else hash_bytes(source_bytes)
-        return Reject(item.facts.get("source") or run, key, str(error), sha256)
+        return Reject(item.facts.get("source") or found.run, found.key, str(fitted), sha256)
     facts = {**item.facts}
     if level is not None:
         facts["level"] = level
         facts["label"] = label_map[level] if label_map else None
-    origin = Origin.of(picture.width, picture.height, f"{picture.file_format} {picture.mode}", source_bytes, small)
-    return Prepared(Sample(key=key, image_format=config.image_format, data=data, facts=facts), origin)
+    origin = Origin.of(fitted.width, fitted.height, fitted.kind, source_bytes, fitted.pixels)
+    return Prepared(Sample(key=found.key, image_format=config.image_format, data=fitted.data, facts=facts), origin)
 
 
 def _picture(image: bytes | np.ndarray) -> Picture:

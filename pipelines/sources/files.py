@@ -350,7 +350,7 @@ class Window(_Positioned):
             raise tarfile.ReadError(f"a header of {count} bytes, more than {self._most}")
         within = self._position - self._block_start
         if not 0 <= within <= len(self._block) - count:
-            stretch = min(left, max(count, _BLOCK_BYTES if self._file.is_remote else 0))
+            stretch = min(left, max(count, _BLOCK_BYTES))
             self._block, self._block_start = self._file.read_at(self._start + self._position, stretch), self._position
             within = 0
         data = self._block[within : within + count]

@@ -15,7 +15,7 @@ from cluster.session import Session
 from pipelines import stage
 from pipelines.config import Resources, ShardConfig
 from pipelines.index import source_to_json
-from pipelines.shard import Prepared, Reject, RejectedError, prepare, shard
+from pipelines.shard import RejectedError, shard
 from pipelines.sources import AnySource, ClassFoldersSource, ImageNetSource, RecordedFramesSource
 from pipelines.sources.base import SourceError, SourceItem
 from pipelines.stage import Pipeline, check_space, fan_out
@@ -29,10 +29,32 @@ from vqvae_core.storage import Folder, StorageError
 
 def test_a_frame_of_another_size_is_rejected() -> None:
     item = SourceItem(position=0, image=np.zeros((10, 12, 3), np.uint8))
-    reject = prepare(item, None, "k", "run", ShardConfig(image_size=8, resize="exact"), None)
-    assert isinstance(reject, Reject)
-    assert reject.reason == "wrong size: is 12 x 10, expected 8 x 8 (--shard.resize crop accepts any size)"
-    assert isinstance(prepare(item, None, "k", "run", ShardConfig(image_size=8), None), Prepared)
+    refused = shard_stage._fitted(item, None, ShardConfig(image_size=8, resize="exact"), None)
+    assert str(refused) == "wrong size: is 12 x 10, expected 8 x 8 (--shard.resize crop accepts any size)"
+    fitted = shard_stage._fitted(item, None, ShardConfig(image_size=8), None)
+    assert isinstance(fitted, shard_stage._Fitted)
+    assert fitted.pixels.shape == (8, 8, 3)
+
+
+def test_large_images_are_held_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_stage, "_BATCH_IMAGES", 3)
+    monkeypatch.setattr(shard_stage, "_BATCH_BYTES", 100)
+    images: list[bytes | np.ndarray | None] = [
+        b"x" * 60,
+        np.zeros((4, 4, 3), np.uint8),
+        b"x" * 500,
+        None,
+        b"",
+        b"",
+        b"",
+    ]
+    found = [
+        shard_stage._Found(item=SourceItem(position=n, image=image), key="k", level=None, run="r", place=n)
+        for n, image in enumerate(images)
+    ]
+    batches = list(shard_stage._batches(iter(found)))
+    assert [each.place for batch in batches for each in batch] == list(range(7))
+    assert [len(batch) for batch in batches] == [2, 1, 3, 1]
 
 
 def test_too_little_disk(tmp_path: Path) -> None:
@@ -165,6 +187,7 @@ def test_the_disk_is_told_of_some_images_ahead_and_of_no_more(tmp_path: Path, mo
     happened: list[str] = []
     monkeypatch.setattr(ClassFoldersSource, "will_read", lambda self, run, entry: happened.append("told"))
     monkeypatch.setattr(shard_stage, "_AHEAD_IMAGES", 3)
+    monkeypatch.setattr(shard_stage, "_BATCH_IMAGES", 2)
     monkeypatch.setattr(shard_stage, "_label_map", lambda spool: None)
     parts = [found for part in source.parts() for found in source.index(part, Folder.of(tmp_path))]
     entries = [entry for found in parts for entry in found.entries]
@@ -184,6 +207,6 @@ def test_the_disk_is_told_of_some_images_ahead_and_of_no_more(tmp_path: Path, mo
         happened.append("read")
         assert place == number
     assert len(entries) > 8
-    assert happened[:9] == ["told", "told", "told", "told", "read", "told", "read", "told", "read"]
+    assert happened[:10] == ["told"] * 5 + ["read", "read", "told", "told", "read"]
     assert Counter(happened) == {"told": len(entries), "read": len(entries)}
     assert happened[-3:] == ["read"] * 3
