@@ -4,6 +4,7 @@ Counted image by image while shards are made, as whole numbers, so that the sums
 """
 
 import base64
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +56,14 @@ def _sums(pixels: np.ndarray) -> list[list[int]]:
         sums[0] += ones @ rows
         np.multiply(rows, rows, out=rows)
         sums[1] += ones @ rows
-    return sums.reshape(2, width, channels).sum(axis=1).astype(np.int64).tolist()
+    return (sums @ _every_channel(width, channels)).astype(np.int64).tolist()
+
+
+@functools.lru_cache(maxsize=4)
+def _every_channel(width: int, channels: int) -> np.ndarray:
+    """(width * channels, channels): adds what interleaved columns hold of each channel, sooner than a reshape and a
+    sum."""
+    return np.tile(np.eye(channels), (width, 1))
 
 
 def summarize(origins: Iterable[Origin], levels: Iterable[str | None], size: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -440,8 +440,7 @@ class Reject:
     sha256: str
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """An image of a job as it was read. place: in its shard."""
 
     item: SourceItem
@@ -456,8 +455,7 @@ class _Found:
         return image.nbytes if isinstance(image, np.ndarray) else len(image or b"")
 
 
-@dataclass(frozen=True)
-class _Fitted:
+class _Fitted(NamedTuple):
     """An image at the recipe's size: uint8 (size, size, 3), and as a file. What it was before: see `Origin`."""
 
     width: int

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import tarfile
 from collections import Counter, deque
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -20,6 +21,7 @@ from pipelines.sources.base import SourceError, readable
 from vqvae_core.artifacts import hash_json
 from vqvae_core.storage import Folder, StorageError, concurrently, retry
 
+T = TypeVar("T")
 _REQUESTS = 16  # in flight for one task on S3, where a read is all waiting
 _BLOCK_BYTES = 2048  # a tar header with a small file behind it
 _HASHED_BYTES = 1 << 24  # at a time
@@ -360,7 +362,9 @@ class Window(_Positioned):
 
 def read_ranges(file: SourceFile, ranges: Sequence[tuple[int, int]], *, ahead: bool) -> Iterator[bytes]:
     """The bytes of each (offset, size), in order; ahead: with several requests in flight."""
-    yield from _in_order([lambda o=offset, n=size: file.read_at(o, n) for offset, size in ranges], ahead)
+    if ahead:
+        return _in_order([lambda o=offset, n=size: file.read_at(o, n) for offset, size in ranges])
+    return itertools.starmap(file.read_at, ranges)
 
 
 def hash_range(file: SourceFile, offset: int, num_bytes: int) -> str:
@@ -373,7 +377,9 @@ def hash_range(file: SourceFile, offset: int, num_bytes: int) -> str:
 
 def read_files(folder: Folder, names: Sequence[str]) -> Iterator[bytes | OSError]:
     """The bytes of each file, in order, or the error in its place where the file is not there or may not be read."""
-    yield from _in_order([lambda n=name: _whole(folder, n) for name in names], not folder.is_local)
+    if folder.is_local:
+        return (_whole(folder, name) for name in names)
+    return _in_order([lambda n=name: _whole(folder, n) for name in names])
 
 
 def _whole(folder: Folder, name: str) -> bytes | OSError:
@@ -384,11 +390,8 @@ def _whole(folder: Folder, name: str) -> bytes | OSError:
         return error  # an answer about this file; anything else may pass, and must not become a rejection
 
 
-def _in_order(reads: Sequence, ahead: bool) -> Iterator:  # type: ignore[type-arg]
-    if not ahead:
-        for read in reads:
-            yield read()
-        return
+def _in_order(reads: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """The results of all, in order, with some at work ahead."""
     with ThreadPoolExecutor(_REQUESTS) as pool:
         waiting = deque(pool.submit(read) for read in reads[:_REQUESTS])
         for read in reads[_REQUESTS:]:
