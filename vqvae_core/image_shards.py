@@ -42,26 +42,23 @@ class Sample:
 def write_tar(samples: Iterable[Sample]) -> bytes:
     """A finished tar. Same samples, same bytes: fixed time, owner and mode. Raises ValueError for a key that does not
     fit KEY_PATTERN."""
-    buffer = io.BytesIO()
+    blocks: list[bytes | bytearray] = []
     for sample in samples:
         if not KEY_PATTERN.fullmatch(sample.key):
             raise ValueError(f"key must be 1 to 90 letters, digits, - and _, was {sample.key!r}")
-        _add(buffer, f"{sample.key}.{sample.image_format}", sample.data)
-        _add(buffer, f"{sample.key}.json", canonical_json(sample.facts).encode())
-    buffer.write(bytes(2 * tarfile.BLOCKSIZE))
-    buffer.write(bytes(-buffer.tell() % tarfile.RECORDSIZE))
-    return buffer.getvalue()
+        _add(blocks, f"{sample.key}.{sample.image_format}", sample.data)
+        _add(blocks, f"{sample.key}.json", canonical_json(sample.facts).encode())
+    num_bytes = sum(map(len, blocks)) + 2 * tarfile.BLOCKSIZE
+    return b"".join([*blocks, bytes(2 * tarfile.BLOCKSIZE + -num_bytes % tarfile.RECORDSIZE)])
 
 
-def _add(buffer: io.BytesIO, name: str, data: bytes) -> None:
+def _add(blocks: list[bytes | bytearray], name: str, data: bytes) -> None:
     # Plain headers differ in three fields. The tarfile module needs five times as long for one.
     header = bytearray(_HEADER)
     header[: len(name)] = encoded = name.encode("ascii")
     header[124:135] = size = b"%011o" % len(data)
     header[148:155] = b"%06o\0" % (_HEADER_SUM + sum(encoded) + sum(size))
-    buffer.write(header)
-    buffer.write(data)
-    buffer.write(bytes(-len(data) % tarfile.BLOCKSIZE))
+    blocks += (header, data, bytes(-len(data) % tarfile.BLOCKSIZE))
 
 
 def _plain_header() -> bytes:

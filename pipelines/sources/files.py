@@ -206,6 +206,12 @@ def open_source(folder: Folder, name: str) -> "SourceFile":
         raise unreadable(folder, name, error) from error
 
 
+@functools.lru_cache(maxsize=64)
+def open_archive(folder: Folder, name: str) -> "SourceFile":
+    """`open_source` of a file that holds many runs: it stays open until `forget_files`."""
+    return open_source(folder, name)
+
+
 def unreadable(folder: Folder, name: str, error: BaseException) -> SourceError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return SourceError(
@@ -232,10 +238,11 @@ def will_read(folder: Folder, name: str, offset: int, num_bytes: int) -> None:
     wrong with the file, its reader finds. The file stays open until 64 others were told of, or `forget_files`."""
     if folder.is_local and num_bytes > 0 and hasattr(os, "posix_fadvise"):  # 0 would be all of the file
         with contextlib.suppress(OSError):
-            file = _told.pop((folder, name), None) or _Local(f"{folder.uri}/{name}")
-            _told[folder, name] = file
-            if len(_told) > _MAX_TOLD:
-                del _told[next(iter(_told))]
+            file = _told.get((folder, name))
+            if file is None:
+                file = _told[folder, name] = _Local(f"{folder.uri}/{name}")
+                if len(_told) > _MAX_TOLD:
+                    del _told[next(iter(_told))]
             os.posix_fadvise(file.descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
 
 
@@ -248,6 +255,7 @@ def _opened(folder: Folder, name: str) -> pa.NativeFile:
 def forget_files() -> None:
     """Open and list files of a source anew from here on: it may have changed since an earlier job."""
     _told.clear()
+    open_archive.cache_clear()
     _opened.cache_clear()
     list_folders.cache_clear()
 

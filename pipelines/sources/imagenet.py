@@ -116,8 +116,6 @@ class ImageNetSource:
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         archive = run.locator["archive"]
         inner = f"{run.name}.tar/" if archive == TRAIN else ""
-        with open_source(self._folder, archive) as file:
-            items = read_members(file, entries, ahead=not self._folder.is_local)
-            for entry, item in zip(entries, items, strict=True):
-                item.facts["source"] = f"{archive}/{inner}{readable(entry.name)}"
-                yield item
+        for entry, item in zip(entries, read_members(self._folder, archive, entries), strict=True):
+            item.facts["source"] = f"{archive}/{inner}{readable(entry.name)}"
+            yield item

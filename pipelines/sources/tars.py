@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipelines.sources.base import Entry, SourceError, SourceItem
-from pipelines.sources.files import SourceFile, Window, hash_range, read_ranges, will_read
+from pipelines.sources.files import SourceFile, Window, hash_range, open_archive, read_ranges, will_read
 from vqvae_core.storage import Folder
 
 MAX_MEMBER_BYTES = 256 << 20  # of one picture; a larger member is not read
@@ -103,10 +103,12 @@ def will_read_member(folder: Folder, name: str, entry: Entry) -> None:
         will_read(folder, name, entry.offset, entry.num_bytes)
 
 
-def read_members(file: SourceFile, entries: Sequence[Entry], *, ahead: bool) -> Iterator[SourceItem]:
-    """The image of each entry by its place, without facts, or the fault of one that is too large or a link."""
+def read_members(folder: Folder, name: str, entries: Sequence[Entry]) -> Iterator[SourceItem]:
+    """The image of each entry of an archive by its place, without facts, or the fault of one that is too large or a
+    link. Raises `SourceError`."""
+    file = open_archive(folder, name)
     small = [entry for entry in entries if 0 <= entry.num_bytes <= MAX_MEMBER_BYTES]
-    data = read_ranges(file, [(entry.offset, entry.num_bytes) for entry in small], ahead=ahead)
+    data = read_ranges(file, [(entry.offset, entry.num_bytes) for entry in small], ahead=file.is_remote)
     for entry in entries:
         if entry.num_bytes == LINK:
             yield SourceItem(position=entry.position, fault="no image: it is a link inside the archive")

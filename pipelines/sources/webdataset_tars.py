@@ -100,17 +100,16 @@ class WebDatasetSource:
         will_read_member(self._folder, run.locator["file"], entry)
 
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
-        with open_source(self._folder, run.locator["file"]) as file:
-            found = [entry for entry in entries if entry.num_bytes >= 0]
-            images = read_members(file, found, ahead=not self._folder.is_local)
-            for entry in entries:
-                if entry.num_bytes >= 0:
-                    item = next(images)
-                else:
-                    fault = "no image: none among the members of its key, or a link"
-                    item = SourceItem(position=entry.position, fault=fault)
-                item.facts["source"] = f"{run.name}/{readable(entry.name)}"
-                yield item
+        found = [entry for entry in entries if entry.num_bytes >= 0]
+        images = read_members(self._folder, run.locator["file"], found)
+        for entry in entries:
+            if entry.num_bytes >= 0:
+                item = next(images)
+            else:
+                fault = "no image: none among the members of its key, or a link"
+                item = SourceItem(position=entry.position, fault=fault)
+            item.facts["source"] = f"{run.name}/{readable(entry.name)}"
+            yield item
 
 
 def _split_name(name: str) -> tuple[str, str]:
