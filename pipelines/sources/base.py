@@ -79,7 +79,8 @@ class RunIndex:
 class SourceItem:
     """One image as the source has it.
 
-    image: encoded bytes, or pixels (uint8 HWC); None where they cannot be read.
+    image: encoded bytes, or pixels (uint8 HWC) in memory of their own, since several images are held at a time; None
+    where they cannot be read.
     facts: what becomes part of the sample's JSON: `source` (its place, relative), `episode`, `step`...
     fault: why it cannot be used, where the source itself knows. sha256: of its bytes, where they are too many to hold.
     """

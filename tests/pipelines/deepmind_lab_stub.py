@@ -17,6 +17,7 @@ class Lab:
         assert renderer == "software"
         assert all(isinstance(value, str) for value in config.values())
         self._level, self._size = level, (int(config["height"]), int(config["width"]))
+        self._frame = np.empty((*self._size, 3), np.uint8)
         self._running = False
 
     def action_spec(self):
@@ -42,7 +43,8 @@ class Lab:
         height, width = self._size
         y, x = np.mgrid[0:height, 0:width]
         planes = [(x * (self._state % 11 + 1) + y * 3 + self._state + 50 * plane) % 256 for plane in range(3)]
-        return {"RGB_INTERLEAVED": np.stack(planes, axis=-1).astype(np.uint8)}
+        self._frame[:] = np.stack(planes, axis=-1)  # what was given out before is overwritten
+        return {"RGB_INTERLEAVED": self._frame}
 
     def step(self, action, num_steps=1):
         if action.dtype != np.intc or action.shape != (7,):
