@@ -50,12 +50,12 @@ def jobs_of(place: Path, root: Path) -> tuple[dict[str, Any], list[dict[str, Any
     return spec, [group.reads(np.sort(group.rows(shard))) for shard in plan.shards(0)]
 
 
-def prepare(spec: dict[str, Any], jobs: list[dict[str, Any]], ahead: int) -> int:
+def prepared(spec: dict[str, Any], jobs: list[dict[str, Any]], ahead: int) -> int:
     """Prepare the images of some shards, with `ahead` of them told to the disk. Returns how many they are."""
-    from pipelines import shard
+    from pipelines import prepare
 
-    shard._AHEAD_IMAGES = ahead  # of this process; at 0 the hint comes with the read itself
-    return sum(1 for job in jobs for _ in shard._prepared(spec, job))
+    prepare._AHEAD_IMAGES = ahead  # of this process; at 0 the hint comes with the read itself
+    return sum(1 for job in jobs for _ in prepare.prepare(spec, job))
 
 
 def forget(path: Path) -> None:
@@ -86,10 +86,10 @@ def main() -> int:
         def rate(ahead: int) -> float:
             forget(place / "data" / "ILSVRC2012_img_train.tar")
             halves = [(spec, jobs[number::PROCESSES], ahead) for number in range(PROCESSES)]
-            seconds, counts = in_processes(prepare, halves, PROCESSES, warm_codec)
+            seconds, counts = in_processes(prepared, halves, PROCESSES, warm_codec)
             return sum(counts) / seconds
 
-        from pipelines.shard import _AHEAD_IMAGES
+        from pipelines.prepare import _AHEAD_IMAGES
 
         rates = interleaved(
             {"told_ahead": lambda: rate(_AHEAD_IMAGES), "alone": lambda: rate(0)}, 1 if options.quick else 3

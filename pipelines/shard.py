@@ -4,16 +4,14 @@ Where a source can be read anywhere, each task reads the images of its shard. Wh
 engines), a first pass reads each run once and stages its small images, sorted by shard; a second pass makes the shards.
 """
 
-import base64
 import dataclasses
-import functools
 import io
 import itertools
 import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,33 +19,26 @@ import pyarrow as pa
 from pipelines.config import ShardConfig, recipe_of
 from pipelines.data_report import REPORT, SHEET, DataReport, Origin, contact_sheet, summarize
 from pipelines.index import (
-    KEY_CHARACTERS,
     Entries,
     SourceIndex,
     make_index,
-    safe_key,
-    source_from_json,
     source_to_json,
     to_parquet,
 )
 from pipelines.plan import SPLITS, Plan, PlannedShard, make_plan
+from pipelines.prepare import Prepared, Reject, pack, prepare, to_ipc
 from pipelines.progress import Progress
 from pipelines.sources import AnySource
-from pipelines.sources.base import Entry, ReadsAhead, Run, SourceError, SourceItem, readable
-from pipelines.sources.files import forget_files
+from pipelines.sources.base import Run, SourceError
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, check_space, fan_out, read_sidecar, write_sidecar
-from vqvae_core.artifacts import Artifact, FileEntry, FileTable, hash_bytes
-from vqvae_core.checkpoint import config_from_json
+from vqvae_core.artifacts import Artifact, FileEntry, FileTable
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import KIND, ImageShards, Sample, read_tar, write_tar
-from vqvae_core.images import ImageError, Picture, encode, load, resize_and_crop
 from vqvae_core.storage import Folder
 
 VERSION = 4
 REJECTS = "rejects.parquet"
 STAGING = "staging"
-_AHEAD_IMAGES = 32  # that a disk is asked for before they are read: some megabytes
-_BATCH_IMAGES, _BATCH_BYTES = 16, 4 << 20  # that are held at a time as they are in the source
 _STAGED = pa.schema(
     [
         ("place", pa.int32()),
@@ -55,17 +46,6 @@ _STAGED = pa.schema(
         ("data", pa.binary()),
         ("facts", pa.string()),
         ("origin", pa.string()),
-    ]
-)
-_READ = pa.schema(
-    [
-        ("name", pa.binary()),
-        ("level", pa.string()),
-        ("position", pa.int32()),
-        ("offset", pa.int64()),
-        ("num_bytes", pa.int32()),
-        ("renamed", pa.bool_()),
-        ("place", pa.int32()),
     ]
 )
 _REJECT = pa.schema([("source", pa.string()), ("key", pa.string()), ("reason", pa.string()), ("sha256", pa.string())])
@@ -306,17 +286,10 @@ class _Group:
         return self.order[shard.split][shard.first : shard.first + shard.count]
 
     def reads(self, rows: np.ndarray) -> dict[str, Any]:
-        """What a task reads of `entries`, at ascending rows: the runs, how many images each has, and the images run by
-        run, as a table. JSON values: see `_images_of`."""
-        table = self.entries.take(rows).table
+        """What a task reads of `entries`, at ascending rows: see `pack`."""
+        table = self.entries.take(rows).table.append_column("place", pa.array(self.place[rows]))
         runs, counts = np.unique(table["run"].to_numpy(), return_counts=True)
-        columns = [table[name].cast(_READ.field(name).type) for name in _READ.names[:-1]]
-        images = pa.table([*columns, pa.array(self.place[rows])], schema=_READ)
-        return {
-            "runs": [vars(self.runs[number]) for number in runs.tolist()],
-            "counts": counts.tolist(),
-            "images": base64.b64encode(_ipc(images)).decode(),  # JSON numbers would take five times as long
-        }
+        return pack([self.runs[number] for number in runs.tolist()], counts.tolist(), table)
 
     def batches(self, num_shards: int) -> list[np.ndarray]:
         """Rows of `entries`, cut at the ends of runs into what one staging task reads: some images for each shard, so
@@ -342,7 +315,7 @@ def stage_runs(job: dict[str, Any]) -> dict[str, Any]:
         return done
     rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
     rejects = []
-    for (place, prepared), shard in zip(_prepared(spec, job["reads"]), job["shards"], strict=True):
+    for (place, prepared), shard in zip(prepare(spec, job["reads"]), job["shards"], strict=True):
         if isinstance(prepared, Reject):
             rejects.append([shard, *dataclasses.astuple(prepared)])
             continue
@@ -359,19 +332,12 @@ def stage_runs(job: dict[str, Any]) -> dict[str, Any]:
     for shard in sorted(rows):
         begin = buffer.tell()
         table = pa.Table.from_pylist(sorted(rows[shard], key=lambda row: row["place"]), schema=_STAGED)
-        buffer.write(_ipc(table))
+        buffer.write(to_ipc(table))
         segments[shard] = [begin, buffer.tell() - begin]
     data = buffer.getvalue()
     folder.write(f"{name}.arrows", data)
     file = FileEntry.of(f"{name}.arrows", data, rows=sum(map(len, rows.values())))
     return write_sidecar(folder, spec["work"], name, file, segments=segments, rejects=rejects)
-
-
-def _ipc(table: pa.Table) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
 
 
 def make_shard(job: dict[str, Any]) -> dict[str, Any]:
@@ -384,7 +350,7 @@ def make_shard(job: dict[str, Any]) -> dict[str, Any]:
     made: dict[int, Prepared] = {}
     rejects: list[list[str]] = []
     if "reads" in job:
-        for place, prepared in _prepared(spec, job["reads"]):
+        for place, prepared in prepare(spec, job["reads"]):
             if isinstance(prepared, Reject):
                 rejects.append(list(dataclasses.astuple(prepared)))
             else:
@@ -419,181 +385,6 @@ def _staged(data: bytes, image_format: str) -> dict[int, "Prepared"]:
         )
         for row in rows
     }
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A sample at the recipe's size, and what its image was before."""
-
-    sample: Sample
-    origin: Origin
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A row of rejects.parquet. source: its place in the source, relative; sha256: of its bytes, "" where there are
-    none (a link, a file that may not be read)."""
-
-    source: str
-    key: str
-    reason: str
-    sha256: str
-
-
-class _Found(NamedTuple):
-    """An image of a job as it was read. place: in its shard."""
-
-    item: SourceItem
-    key: str
-    level: str | None
-    run: str
-    place: int
-
-    @property
-    def num_bytes(self) -> int:
-        image = self.item.image
-        return image.nbytes if isinstance(image, np.ndarray) else len(image or b"")
-
-
-class _Fitted(NamedTuple):
-    """An image at the recipe's size: uint8 (size, size, 3), and as a file. What it was before: see `Origin`."""
-
-    width: int
-    height: int
-    kind: str
-    pixels: np.ndarray
-    data: bytes
-
-
-def _prepared(spec: dict[str, Any], reads: dict[str, Any]) -> Iterator[tuple[int, Prepared | Reject]]:
-    """The images of a job, in its order, each with its place in its shard: see `_Group.reads`."""
-    forget_files()
-    config, source = config_from_json(ShardConfig, spec["config"]), source_from_json(spec["source"])
-    label_map, spool = _label_map(spec["spool"]), Folder(spec["spool"])
-    try:
-        for batch in _batches(_found(source, spool, reads)):
-            # One step for all of them, then the next: the code of a single step stays in a processor's caches.
-            fitted = [_fitted(found.item, found.level, config, label_map) for found in batch]
-            for found, result in zip(batch, fitted, strict=True):
-                yield found.place, _finished(found, result, config, label_map)
-    finally:
-        forget_files()
-
-
-def _found(source: AnySource, spool: Folder, reads: dict[str, Any]) -> Iterator[_Found]:
-    images = _images_of(reads)
-    runs, renamed, places = _runs(reads, images), iter(images["renamed"]), iter(images["place"])
-    tell = source.will_read if isinstance(source, ReadsAhead) else lambda run, entry: None
-    ahead = ((run, entry) for run, entries in runs for entry in entries)
-    for told in itertools.islice(ahead, _AHEAD_IMAGES):
-        tell(*told)
-    for run, entries in runs:
-        items = source.read(run, entries, spool)
-        for entry in entries:
-            for told in itertools.islice(ahead, 1):
-                tell(*told)
-            item = next(items, None)
-            if item is None or item.position != entry.position:
-                raise SourceError(
-                    f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did "
-                    "the source change while it was read?"
-                )
-            key = key_of(run, entry, renamed=next(renamed))
-            yield _Found(item=item, key=key, level=entry.level, run=run.name, place=next(places))
-
-
-def _batches(images: Iterator[_Found]) -> Iterator[list[_Found]]:
-    """Some images at a time, fewer where they are large."""
-    batch, num_bytes = [], 0
-    for found in images:
-        batch.append(found)
-        num_bytes += found.num_bytes
-        if len(batch) == _BATCH_IMAGES or num_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _images_of(reads: dict[str, Any]) -> dict[str, list[Any]]:
-    """The columns of a job's images. Names that are no UTF-8 have surrogates."""
-    columns = pa.ipc.open_stream(base64.b64decode(reads["images"])).read_all().to_pydict()
-    return {**columns, "name": [name.decode("utf-8", "surrogateescape") for name in columns["name"]]}
-
-
-def _runs(reads: dict[str, Any], images: dict[str, list[Any]]) -> list[tuple[Run, list[Entry]]]:
-    """The runs of a job, each with its images."""
-    columns = (images[name] for name in ("position", "name", "level", "offset", "num_bytes"))
-    entries = (
-        Entry(position=position, name=name, level=level, offset=offset, num_bytes=num_bytes)
-        for position, name, level, offset, num_bytes in zip(*columns, strict=True)
-    )
-    counted = zip(reads["runs"], reads["counts"], strict=True)
-    return [(Run(**values), list(itertools.islice(entries, count))) for values, count in counted]
-
-
-@functools.lru_cache(maxsize=1)
-def _label_map(spool: str) -> dict[str, int] | None:
-    """Of the index whose spool this is: read by each worker, since it is too long to go with every job."""
-    return Artifact.open(Folder(spool.rpartition("/")[0])).facts["label_map"]
-
-
-def key_of(run: Run, entry: Entry, *, renamed: bool) -> str:
-    """A sample's key: safe, and another one for each image of a source."""
-    key = safe_key(run.prefix, entry.name)
-    if not renamed:
-        return key
-    return f"{key[: KEY_CHARACTERS - 17]}-{hash_bytes(f'{run.name}#{entry.position}'.encode())[:16]}"
-
-
-def _fitted(
-    item: SourceItem, level: str | None, config: ShardConfig, label_map: dict[str, int] | None
-) -> _Fitted | ImageError:
-    """An item at the recipe's size, or why it is rejected."""
-    try:
-        if item.fault or item.image is None:
-            raise ImageError(item.fault)
-        if label_map and level is None:
-            raise ImageError("no label: other images of the source have one")
-        if level is not None and label_map and level not in label_map:
-            raise ImageError(f"label out of range: {level!r} among whole numbers")
-        picture = _picture(item.image)
-        height, width = picture.pixels.shape[:2]
-        size = config.image_size
-        if config.resize == "exact" and (width, height) != (size, size):
-            raise ImageError(
-                f"wrong size: is {width} x {height}, expected {size} x {size} (--shard.resize crop accepts any size)"
-            )
-        if min(height, width) < 2:
-            raise ImageError(f"too small: is {width} x {height}")
-        small = resize_and_crop(picture.pixels, size)
-        kind = f"{picture.file_format} {picture.mode}"
-        return _Fitted(picture.width, picture.height, kind, small, encode(small, config.image_format))
-    except ImageError as error:
-        return error
-
-
-def _finished(
-    found: _Found, fitted: _Fitted | ImageError, config: ShardConfig, label_map: dict[str, int] | None
-) -> Prepared | Reject:
-    item, level = found.item, found.level
-    source_bytes = item.image.tobytes() if isinstance(item.image, np.ndarray) else item.image
-    if isinstance(fitted, ImageError) or source_bytes is None:
-        sha256 = item.sha256 if source_bytes is None else hash_bytes(source_bytes)
-        return Reject(item.facts.get("source") or found.run, found.key, str(fitted), sha256)
-    facts = {**item.facts}
-    if level is not None:
-        facts["level"] = level
-        facts["label"] = label_map[level] if label_map else None
-    origin = Origin.of(fitted.width, fitted.height, fitted.kind, source_bytes, fitted.pixels)
-    return Prepared(Sample(key=found.key, image_format=config.image_format, data=fitted.data, facts=facts), origin)
-
-
-def _picture(image: bytes | np.ndarray) -> Picture:
-    if isinstance(image, bytes):
-        return load(image)
-    height, width = image.shape[:2]
-    return Picture(image, width, height, "pixels", "RGB")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from vqvae_core.storage import Folder, StorageError, concurrently, retry
 
 T = TypeVar("T")
 _REQUESTS = 16  # in flight for one task on S3, where a read is all waiting
-_BLOCK_BYTES = 2048  # a tar header with a small file behind it
+_BLOCK_BYTES = 2048  # on S3: a tar header with a small file behind it
+_HEADER_BYTES = tarfile.BLOCKSIZE + 1  # the library reads the byte before a header, then the header
 _HASHED_BYTES = 1 << 24  # at a time
 _MAX_TOLD = 64  # files of `will_read` that are open
 _LISTINGS = 32  # folders on S3 that are listed at the same time
@@ -206,9 +207,9 @@ def open_source(folder: Folder, name: str) -> "SourceFile":
         raise unreadable(folder, name, error) from error
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=2)  # of training and validation images
 def open_archive(folder: Folder, name: str) -> "SourceFile":
-    """`open_source` of a file that holds many runs: it stays open until `forget_files`."""
+    """`open_source` of a file that is read run by run. It is shared, so nobody closes it but `forget_files`."""
     return open_source(folder, name)
 
 
@@ -290,7 +291,7 @@ class SourceFile(_Positioned):
         self._file: _Local | pa.NativeFile | None
         if folder.is_local:
             self._file = local = _told.get((folder, name)) or _Local(f"{folder.uri}/{name}")
-            self._size = os.fstat(local.descriptor).st_size  # of now: it may have changed since it was told of
+            self._size = os.fstat(local.descriptor).st_size  # not of when it was told of: it may have changed
         else:
             self._file = remote = _opened(folder, name)
             self._size = remote.size()
@@ -314,7 +315,8 @@ class SourceFile(_Positioned):
         return len(data)
 
     def read_at(self, offset: int, num_bytes: int) -> bytes:
-        """num_bytes from offset, fewer only at the end of the file. Raises OSError."""
+        """num_bytes from offset, fewer only at the end of the file. Raises OSError; `SourceError` where a local file is
+        shorter than when it was opened."""
         expected = max(0, min(num_bytes, self._size - offset))
         if not expected:
             return b""
@@ -326,7 +328,10 @@ class SourceFile(_Positioned):
             ):
                 data += more  # one call reads 2 GiB at most
             if len(data) != expected:
-                raise OSError(f"{len(data)} of {expected} bytes of {self.place} came: it is cut while it is read")
+                raise SourceError(
+                    f"expected {expected} bytes at {offset} of {self.place}, found {len(data)}: it was cut while it "
+                    "was read; run it again when nobody writes there"
+                )
             return data
         if file is None:
             raise ValueError(f"read of {self.place} after it was closed")
@@ -344,7 +349,7 @@ class SourceFile(_Positioned):
 
 
 class Window(_Positioned):
-    """A stretch of a file as a file of its own, read in blocks, so that a header and what follows are one request.
+    """A stretch of a file as a file of its own, read in blocks, so that a header (on S3: and what follows) is one read.
 
     most: bytes that may be read at once. A header that claims more raises tarfile.ReadError and takes no memory."""
 
@@ -360,7 +365,7 @@ class Window(_Positioned):
             raise tarfile.ReadError(f"a header of {count} bytes, more than {self._most}")
         within = self._position - self._block_start
         if not 0 <= within <= len(self._block) - count:
-            stretch = min(left, max(count, _BLOCK_BYTES))
+            stretch = min(left, max(count, _BLOCK_BYTES if self._file.is_remote else _HEADER_BYTES))
             self._block, self._block_start = self._file.read_at(self._start + self._position, stretch), self._position
             within = 0
         data = self._block[within : within + count]

@@ -9,7 +9,8 @@ from pipelines import index
 from pipelines.config import ShardConfig
 from pipelines.index import SourceIndex, index_parts, safe_key, source_to_json
 from pipelines.plan import make_plan
-from pipelines.shard import _Group, key_of
+from pipelines.prepare import key_of
+from pipelines.shard import _Group
 from pipelines.sources import AnySource, ImageNetSource, WebDatasetSource
 from pipelines.sources.base import Entry, Part, Run, RunIndex
 from pipelines.stage import Workspace

@@ -1,60 +1,23 @@
 """The shard stage on small sources: its plan, its rejects, its output."""
 
-import base64
-import dataclasses
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import pipelines.shard as shard_stage
 from cluster.session import Session
 from pipelines import stage
 from pipelines.config import Resources, ShardConfig
-from pipelines.index import source_to_json
 from pipelines.shard import RejectedError, shard
-from pipelines.sources import AnySource, ClassFoldersSource, ImageNetSource, RecordedFramesSource
-from pipelines.sources.base import SourceError, SourceItem
+from pipelines.sources import AnySource, ImageNetSource, RecordedFramesSource
+from pipelines.sources.base import SourceError
 from pipelines.stage import Pipeline, check_space, fan_out
 from pipelines.tracking import Tracker
-from tests.pipelines.data import write_class_folders, write_frames, write_imagenet
+from tests.pipelines.data import write_frames, write_imagenet
 from vqvae_core.artifacts import hash_bytes
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder, StorageError
-
-
-def test_a_frame_of_another_size_is_rejected() -> None:
-    item = SourceItem(position=0, image=np.zeros((10, 12, 3), np.uint8))
-    refused = shard_stage._fitted(item, None, ShardConfig(image_size=8, resize="exact"), None)
-    assert str(refused) == "wrong size: is 12 x 10, expected 8 x 8 (--shard.resize crop accepts any size)"
-    fitted = shard_stage._fitted(item, None, ShardConfig(image_size=8), None)
-    assert isinstance(fitted, shard_stage._Fitted)
-    assert fitted.pixels.shape == (8, 8, 3)
-
-
-def test_large_images_are_held_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_stage, "_BATCH_IMAGES", 3)
-    monkeypatch.setattr(shard_stage, "_BATCH_BYTES", 100)
-    images: list[bytes | np.ndarray | None] = [
-        b"x" * 60,
-        np.zeros((4, 4, 3), np.uint8),
-        b"x" * 500,
-        None,
-        b"",
-        b"",
-        b"",
-    ]
-    found = [
-        shard_stage._Found(item=SourceItem(position=n, image=image), key="k", level=None, run="r", place=n)
-        for n, image in enumerate(images)
-    ]
-    batches = list(shard_stage._batches(iter(found)))
-    assert [each.place for batch in batches for each in batch] == list(range(7))
-    assert [len(batch) for batch in batches] == [2, 1, 3, 1]
 
 
 def test_too_little_disk(tmp_path: Path) -> None:
@@ -179,34 +142,3 @@ def test_a_task_that_kills_its_worker_ends(session: Session, monkeypatch: pytest
     monkeypatch.setattr(stage, "_WORKER_DEATHS", 1)
     with pytest.raises(InputError, match="a worker died 2 times in die: is memory short, .* the same command goes on"):
         list(fan_out(session, die, [{}]))
-
-
-def test_the_disk_is_told_of_some_images_ahead_and_of_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_class_folders(tmp_path / "source")
-    source = ClassFoldersSource(path=str(tmp_path / "source"), validation_fraction=0.0)
-    happened: list[str] = []
-    monkeypatch.setattr(ClassFoldersSource, "will_read", lambda self, run, entry: happened.append("told"))
-    monkeypatch.setattr(shard_stage, "_AHEAD_IMAGES", 3)
-    monkeypatch.setattr(shard_stage, "_BATCH_IMAGES", 2)
-    monkeypatch.setattr(shard_stage, "_label_map", lambda spool: None)
-    parts = [found for part in source.parts() for found in source.index(part, Folder.of(tmp_path))]
-    entries = [entry for found in parts for entry in found.entries]
-    values = [
-        {**dataclasses.asdict(entry), "name": entry.name.encode(), "renamed": False, "place": place}
-        for place, entry in enumerate(entries)
-    ]
-    images = shard_stage._ipc(pa.Table.from_pylist(values, schema=shard_stage._READ))
-    reads = {
-        "runs": [vars(found.run) for found in parts],
-        "counts": [len(found.entries) for found in parts],
-        "images": base64.b64encode(images).decode(),
-    }
-    config = dataclasses.asdict(ShardConfig(image_size=8))
-    spec = {"config": config, "source": source_to_json(source), "spool": str(tmp_path)}
-    for number, (place, _) in enumerate(shard_stage._prepared(spec, reads)):
-        happened.append("read")
-        assert place == number
-    assert len(entries) > 8
-    assert happened[:10] == ["told"] * 5 + ["read", "read", "told", "told", "read"]
-    assert Counter(happened) == {"told": len(entries), "read": len(entries)}
-    assert happened[-3:] == ["read"] * 3
