@@ -60,7 +60,7 @@ def pack(runs: list[Run], counts: list[int], images: pa.Table) -> dict[str, Any]
     """The part of a job that says what to read, as JSON values. images: the columns of IMAGES, run by run; counts: how
     many of them each run has; place: in the shard."""
     table = images.select(IMAGES.names).cast(IMAGES)
-    # As JSON numbers they would take five times as long.
+    # Columns of JSON values would take three times as long.
     return {
         "runs": [vars(run) for run in runs],
         "counts": counts,
@@ -137,8 +137,8 @@ class _Fitted(NamedTuple):
 
 
 def _read(source: AnySource, spool: Folder, reads: dict[str, Any]) -> Iterator[_Original]:
-    runs, *rest = unpack(reads)
-    more = zip(*rest, strict=True)
+    runs, renamed, places = unpack(reads)
+    more = zip(renamed, places, strict=True)
     tell = source.will_read if isinstance(source, ReadsAhead) else lambda run, entry: None
     ahead = ((run, entry) for run, entries in runs for entry in entries)
     for told in itertools.islice(ahead, _AHEAD_IMAGES):
@@ -154,8 +154,8 @@ def _read(source: AnySource, spool: Folder, reads: dict[str, Any]) -> Iterator[_
                     f"expected image {entry.position} ({readable(entry.name)}) in {run.name}, it is not there; did "
                     "the source change while it was read?"
                 )
-            renamed, place = next(more)
-            key = key_of(run, entry, renamed=renamed)
+            is_renamed, place = next(more)
+            key = key_of(run, entry, renamed=is_renamed)
             yield _Original(item=item, key=key, level=entry.level, run=run.name, place=place)
 
 
