@@ -33,7 +33,7 @@ IMAGES = pa.schema(
         ("place", pa.int32()),
     ]
 )
-_AHEAD_IMAGES = 32  # that a disk is asked for before they are read: some megabytes
+_AHEAD_IMAGES = 64  # that a disk is asked for before they are read: some megabytes
 _BATCH_IMAGES, _BATCH_BYTES = 16, 4 << 20  # that are held at a time, as they were read and at their new size
 
 

@@ -26,7 +26,7 @@ _REQUESTS = 16  # in flight for one task on S3, where a read is all waiting
 _BLOCK_BYTES = 2048  # on S3: a tar header with a small file behind it
 _HEADER_BYTES = tarfile.BLOCKSIZE + 1  # the library reads the byte before a header, then the header
 _HASHED_BYTES = 1 << 24  # at a time
-_MAX_TOLD = 64  # files of `will_read` that are open
+_MAX_TOLD = 128  # files of `will_read` that are open
 _LISTINGS = 32  # folders on S3 that are listed at the same time
 
 
@@ -236,7 +236,7 @@ _told: dict[tuple[Folder, str], _Local] = {}  # files of `will_read`: kept open 
 
 def will_read(folder: Folder, name: str, offset: int, num_bytes: int) -> None:
     """A stretch of a file is read soon: a local disk may begin with it now. A hint, which nothing fails for: what is
-    wrong with the file, its reader finds. The file stays open until 64 others were told of, or `forget_files`."""
+    wrong with the file, its reader finds. The file stays open until 128 others were told of, or `forget_files`."""
     if folder.is_local and num_bytes > 0 and hasattr(os, "posix_fadvise"):  # 0 would be all of the file
         with contextlib.suppress(OSError):
             file = _told.get((folder, name))
