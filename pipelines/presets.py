@@ -23,7 +23,7 @@ DOOM84 = PipelineConfig(
         quantizer=QuantizerConfig(num_codes=512, code_dim=16, learn_by="moving_average", decay=0.95, revive_every=50),
     ),
     train=TrainConfig(
-        steps=1500,
+        steps=1800,
         batch_size=16,
         num_lanes=4,
         learning_rate=2e-3,
