@@ -25,6 +25,7 @@ from vqvae_core.token_shards import TokenTable, read_parquet
 from vqvae_core.vqvae import VQVAE
 
 _BATCH = 64
+_GRID_PICTURES = 256
 _MODEL_STAGE = "train_vqvae"
 GRID = "all.grid.png"  # no key has a dot, so it takes no picture's place
 
@@ -45,22 +46,24 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"expected token shards at {options.tokens}, the artifact has none")
     home, table = first
     model = load_vqvae(_model(options.model, home, table))
-    pictures: list[np.ndarray] = []
+    shown: list[np.ndarray] = []
+    count = 0
     with Progress("decode", options.limit, "pictures") as progress:
-        while table is not None and len(pictures) < options.limit:
-            count = min(options.limit - len(pictures), len(table.keys))
-            decoded = decode_tokens(model, table.tokens[:count])
+        while table is not None and count < options.limit:
+            decoded = decode_tokens(model, table.tokens[: options.limit - count])
             for key, picture in zip(table.keys, decoded, strict=False):
                 if not KEY_PATTERN.fullmatch(key):
                     raise InputError(f"expected keys of letters, digits, - and _, found {key!r}")
                 out.write(f"{key}.png", png(picture))
-            pictures += list(decoded)
-            progress.advance_to(len(pictures))
-            table = next((table for _, table in tables), None)
-    if not pictures:
+            shown += list(decoded[: _GRID_PICTURES - len(shown)])
+            count += len(decoded)
+            progress.advance_to(count)
+            is_rest = len(decoded) < len(table.keys)
+            table = table if is_rest else next((table for _, table in tables), None)
+    if not count:
         raise InputError(f"expected tokens in {options.tokens}, found no row")
-    out.write(GRID, png(grid(np.stack(pictures[:256]), min(16, len(pictures)))))
-    print(f"{len(pictures)} pictures: {out.uri}")
+    out.write(GRID, png(grid(np.stack(shown), min(16, len(shown)))))
+    print(f"{count} pictures: {out.uri}" + (", there are more (--limit)" if table is not None else ""))
     print(f"grid: {out.path(GRID)}")
 
 

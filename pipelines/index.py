@@ -25,7 +25,7 @@ from pipelines.sources.base import Part, Run, RunIndex
 from pipelines.sources.class_folders import EXTENSIONS
 from pipelines.sources.files import forget_files
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, fan_out, read_sidecar, write_sidecar
-from vqvae_core.artifacts import Artifact, FileEntry, hash_bytes
+from vqvae_core.artifacts import Artifact, FileEntry, hash_bytes, hash_json
 from vqvae_core.storage import Folder
 
 KIND = "SourceIndex"
@@ -95,7 +95,7 @@ def _build(pipeline: Pipeline, source: AnySource, space: Workspace) -> Made:
     spec = {"folder": space.folder.uri, "work": space.work, "source": source_to_json(source)}
     batches = [parts[start : start + _PARTS_PER_FILE] for start in range(0, len(parts), _PARTS_PER_FILE)]
     names = [f"index-{number:06d}" for number in range(len(batches))]
-    done = {name for name, there in zip(names, space.finished_parts(names), strict=True) if there}
+    done = _finished(space, dict(zip(names, batches, strict=True)))
     jobs = (
         {**spec, "name": name, "parts": [asdict(part) for part in batch]}
         for name, batch in zip(names, batches, strict=True)
@@ -132,6 +132,17 @@ def _build(pipeline: Pipeline, source: AnySource, space: Workspace) -> Made:
     return Made(files, facts, clock.seconds)
 
 
+def _finished(space: Workspace, batches: dict[str, list[Part]]) -> set[str]:
+    """The files of the index that are there, each of the same parts as now: a folder without images is in no
+    fingerprint, and where one came or went the parts have moved from file to file."""
+    there = [name for name, found in zip(batches, space.finished_parts(batches), strict=True) if found]
+    return {
+        record["name"]
+        for record in space.records(there)
+        if record.get("parts") == hash_json([asdict(part) for part in batches[record["name"]]])
+    }
+
+
 def _written(folder: Folder, name: str, table: pa.Table, rows: int) -> FileEntry:
     data = to_parquet(table)
     folder.write(name, data)
@@ -148,7 +159,8 @@ def index_parts(job: dict[str, Any]) -> dict[str, Any]:
     """Index some parts of a source into one file, a row group a run; its sidecar has the runs."""
     folder, name = Folder(job["folder"]), job["name"]
     done = read_sidecar(folder, job["work"], name)
-    if done is not None:
+    parts = hash_json(job["parts"])
+    if done is not None and done.get("parts") == parts:
         return done
     forget_files()
     source, spool = source_from_json(job["source"]), folder / SPOOL
@@ -180,8 +192,8 @@ def index_parts(job: dict[str, Any]) -> dict[str, Any]:
     folder.write(f"{name}.parquet", data)
     file = FileEntry.of(f"{name}.parquet", data, rows=num_images)
     spooled = [asdict(_spooled(folder, run)) for run in runs if "spool" in json.loads(run["locator"])]
-    return write_sidecar(folder, job["work"], name, file, runs=runs, levels=sorted(levels), ignored=ignored,
-                         spooled=spooled)  # fmt: skip
+    return write_sidecar(folder, job["work"], name, file, parts=parts, runs=runs, levels=sorted(levels),
+                         ignored=ignored, spooled=spooled)  # fmt: skip
 
 
 def _spooled(folder: Folder, run: dict[str, Any]) -> FileEntry:

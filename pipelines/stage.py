@@ -24,7 +24,8 @@ from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder, StorageError, concurrently
 
 _ENCODERS_PER_NODE = 8
-_ENCODER_DEATHS = 3
+_ENCODER_DEATHS = 3  # of a wave
+_ENCODER_WAVE = 4096  # shards: some seconds to start encoders beside an hour of work
 _WORKER_DEATHS = 10  # of one task, lost nodes among them: an image that kills its worker must not do so for ever
 _SIDECARS = 1024  # read together
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "simplejpeg", "mlflow", "vizdoom")
@@ -343,15 +344,28 @@ def encode_shards(
     session: Session,
     read: Callable[[dict[str, Any]], dict[str, Any]],
     encoder: type,
-    jobs: Sequence[dict[str, Any]],
+    jobs: Iterable[dict[str, Any]],
     resources: Resources,
 ) -> Iterator[dict[str, Any]]:
     """read(job) in CPU tasks, then encoder()(row) in actors with a GPU, one row a shard; yields what they return. Where
     there is no GPU the actors read too: they use the same CPUs, and pixels need not move between processes.
 
     job["name"] names the shard, in results too; job["threads"] tells an encoder how many threads it has. Rows and
-    results have "error", "" where all is well. Where an encoder dies, what is left is handed out again.
+    results have "error", "" where all is well. Where an encoder dies, what is left is handed out again. Jobs are taken
+    in waves, each with encoders of its own: Ray Data plans all that it is given before it begins.
     """
+    waiting = iter(jobs)
+    while wave := list(itertools.islice(waiting, _ENCODER_WAVE)):
+        yield from _encode_wave(session, read, encoder, wave, resources)
+
+
+def _encode_wave(
+    session: Session,
+    read: Callable[[dict[str, Any]], dict[str, Any]],
+    encoder: type,
+    jobs: Sequence[dict[str, Any]],
+    resources: Resources,
+) -> Iterator[dict[str, Any]]:
     from ray.exceptions import RayError
 
     left = {job["name"]: job for job in jobs}

@@ -4,6 +4,7 @@ Named so that it does not hide Python's own `tokenize` when it is run as a scrip
 (with a GPU each, where asked) encode: one row is one shard.
 """
 
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -56,7 +57,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
         "use_gpu": pipeline.resources.use_gpu,
     }
     with Progress("tokenize", total, "images", done=done) as progress:
-        jobs = [{**spec, "name": name} for name in missing]
+        jobs = ({**spec, "name": name} for name in missing)
         for result in encode_shards(pipeline.session, read_shard, Encoder, jobs, pipeline.resources):
             clock.add(result)
             done += result["rows"]
@@ -83,8 +84,14 @@ def read_shard(job: dict[str, Any]) -> dict[str, Any]:
         return row | {"error": str(error)}
 
 
+@functools.lru_cache(maxsize=1)
+def _images(uri: str, work: str) -> ImageShards:
+    """The shards of a stage's work, opened once a process: their table of files grows with their number."""
+    return ImageShards.open(Folder(uri))
+
+
 def _read(job: dict[str, Any]) -> dict[str, Any]:
-    images = ImageShards.open(Folder(job["images"]))
+    images = _images(job["images"], job["work"])
     samples = images.read(f"{job['name']}.tar")
     pixels = np.stack([sample.pixels() for sample in samples])
     labels = [sample.label for sample in samples]

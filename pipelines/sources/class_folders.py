@@ -79,8 +79,15 @@ class ClassFoldersSource:
         folders = self._folders()
         tops = {found.folder.split("/")[0] for found in folders if found.folder and found.num_files}
         splits = {top: _SPLITS.get(top.lower()) for top in tops}
-        given = "train" in splits.values() and None not in splits.values()  # else `train` is a class
         found = set(splits.values())
+        given = "train" in found and None not in found  # else `train` is a class
+        if "train" in found and found & {"validation", "test"} and not given:
+            silent = sorted(readable(top) for top, split in splits.items() if split is None)
+            raise SourceError(
+                f"expected only splits (train, val or test) in {self.path}, since some folders are, found "
+                f"{len(silent)} more with images: {', '.join(silent[:3])}; rename or move them (or train, where that "
+                "is a class)"
+            )
         other = "validation" if "validation" in found else "test" if "test" in found else None
         parts = []
         for found in folders:

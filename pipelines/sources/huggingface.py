@@ -28,6 +28,7 @@ from pipelines.sources.parquet import image_column, images_in, open_parquet, rea
 from vqvae_core.storage import Folder
 
 _IMAGES = ("image", "img")
+_LABEL_COLUMN = "label"
 _LABELS = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
 _WHAT = "Parquet files with images"
 
@@ -39,7 +40,7 @@ class HuggingFaceSource:
 
     path: str | None = field(default=None, metadata={"hashed": False})
     """Folder with the Parquet files, local or s3://. Never part of a fingerprint."""
-    label_column: str = "label"
+    label_column: str = _LABEL_COLUMN
     """Column of whole numbers or strings; images have no label where it is missing."""
     validation_fraction: float = 0.05
     """Share of the rows that become validation where no file is named so."""
@@ -74,6 +75,11 @@ class HuggingFaceSource:
         image_column(file, _IMAGES, f"{self.path}/{part.name}")
         classes = self._classes(file)
         labelled = self.label_column in file.schema_arrow.names
+        if not labelled and self.label_column != _LABEL_COLUMN:
+            raise SourceError(
+                f"expected the column `{self.label_column}` (--data.label-column) in {self.path}/{part.name}, found "
+                f"{', '.join(map(readable, file.schema_arrow.names))}"
+            )
         stem, row = part.name.removesuffix(".parquet"), 0
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows

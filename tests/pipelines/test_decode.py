@@ -1,6 +1,7 @@
 """Tokens back to pictures, by the model that made them."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from vqvae_core.checkpoint import save_model
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import KEY_PATTERN
 from vqvae_core.images import decode as pixels_of
+from vqvae_core.images import grid
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import KIND, TokenShape, write_parquet
 from vqvae_core.vqvae import VQVAE
@@ -57,7 +59,19 @@ def test_an_artifact_is_decoded(root: Path, capsys: pytest.CaptureFixture[str]) 
         expected = model.decode(torch.arange(64).view(4, 4, 4) % 16).numpy()
     for name, picture in zip("abcd", expected, strict=True):
         assert np.array_equal(pixels_of((root / "out" / f"{name}.png").read_bytes()), picture)
-    assert "4 pictures: " in capsys.readouterr().out
+    assert re.search(r"^4 pictures: .*/out, there are more \(--limit\)$", capsys.readouterr().out, re.MULTILINE)
+    decode.main([str(root / "tokenize-1"), "--out", str(root / "out"), "--limit", "5"])
+    assert re.search(r"^5 pictures: .*/out$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_grid_has_the_first_pictures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many are decoded, no more are held."""
+    monkeypatch.setattr(decode, "_GRID_PICTURES", 2)
+    decode.main([str(root / "tokenize-1"), "--out", str(root / "out")])
+    pictures = [pixels_of((root / "out" / f"{name}.png").read_bytes()) for name in "ab"]
+    expected = grid(np.stack(pictures), 2)
+    assert np.array_equal(pixels_of((root / "out" / decode.GRID).read_bytes()), expected)
+    assert len(list((root / "out").iterdir())) == 6
 
 
 def test_one_shard_is_decoded(root: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.session import Session
+from pipelines import stage
 from pipelines.config import Resources
 from pipelines.stage import encode_shards
 from vqvae_core.errors import InputError
@@ -59,6 +60,22 @@ def test_every_shard_is_read_and_encoded_once(
     assert {row["together"] for row in made} == {not use_gpu}
     assert (tmp_path / "died").exists()
     assert "an encoder died; going on with the" in capsys.readouterr().out
+
+
+def test_shards_come_in_waves(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, Ray Data is given some thousands at a time, and jobs are made as they are needed."""
+    monkeypatch.setattr(stage, "_ENCODER_WAVE", 3)
+    asked: list[str] = []
+
+    def one_by_one() -> Iterator[dict[str, Any]]:
+        for job in jobs():
+            asked.append(job["name"])
+            yield job
+
+    found = encode_shards(session, read, Encoder, one_by_one(), Resources())
+    first = next(found)
+    assert asked == ["s0", "s1", "s2"]
+    assert sorted(row["name"] for row in [first, *found]) == [f"s{number}" for number in range(7)]
 
 
 @pytest.mark.parametrize("use_gpu", [False, True])

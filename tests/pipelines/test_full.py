@@ -206,6 +206,13 @@ def test_the_report_is_self_contained(done: tuple[Path, str]) -> None:
     assert not re.search(r"(src|href)=[\"']?https?:", page)
     for word in ("Reconstructions", "Samples of the prior", "PSNR", "bits/token", "train_vqvae"):
         assert word in page
+    data = json.loads(artifacts(done[0])["shard"].read("data.json"))
+    means, deviations = (" / ".join(f"{value:.1f}" for value in data[name]) for name in ("mean", "deviation"))
+    cells = {"Images": "96 + 48", "Rejected": "0", "Exact duplicates": f"{data['exact_duplicates']:,}",
+             "Source size": "320 x 240", "Labels": "2", "Mean": means, "Deviation": deviations}  # fmt: skip
+    for name, value in cells.items():
+        assert f"<tr><th>{name}</th><td class=number>{value}</td>" in page
+    assert "pixels RGB: 144" in page
 
 
 def test_a_config_is_replayed_from_a_manifest(done: tuple[Path, str]) -> None:

@@ -11,10 +11,11 @@ from pipelines.index import SourceIndex, index_parts, safe_key, source_to_json
 from pipelines.plan import make_plan
 from pipelines.prepare import key_of
 from pipelines.shard import _Group
-from pipelines.sources import AnySource, ImageNetSource, WebDatasetSource
+from pipelines.sources import AnySource, ClassFoldersSource, ImageNetSource, WebDatasetSource
 from pipelines.sources.base import Entry, Part, Run, RunIndex
+from pipelines.sources.files import forget_files
 from pipelines.stage import Workspace
-from tests.pipelines.data import write_imagenet, write_webdataset
+from tests.pipelines.data import write_class_folders, write_imagenet, write_webdataset
 from vqvae_core.artifacts import Artifact, FileEntry, commit
 from vqvae_core.storage import Folder
 
@@ -133,6 +134,29 @@ def test_a_finished_part_is_not_indexed_again(tmp_path: Path) -> None:
     (tmp_path / "s" / "ILSVRC2012_img_train.tar").unlink()
     assert index_parts(job) == first
     assert FileEntry(**first["file"]).rows == 17
+
+
+@pytest.mark.parametrize("comes", [False, True])
+def test_an_index_begun_before_a_folder_without_images_came_or_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """It is in no fingerprint, but moves the parts behind it from one file of the index to another."""
+    monkeypatch.setattr(index, "_PARTS_PER_FILE", 2)
+    write_class_folders(tmp_path / "s", splits=("b", "c"))
+    before, after = (tmp_path / "away", tmp_path / "s" / "a") if comes else (tmp_path / "s" / "a", tmp_path / "away")
+    before.mkdir()
+    (before / "notes.txt").write_text("x")
+    made = built(ClassFoldersSource(path=str(tmp_path / "s")), tmp_path / "i", monkeypatch)
+    identity = ClassFoldersSource(path=str(tmp_path / "s")).identity()
+    before.rename(after)
+    forget_files()
+    assert ClassFoldersSource(path=str(tmp_path / "s")).identity() == identity
+    for name in ("manifest.json", "sidecars/index-000001.json"):  # killed before it was done
+        (tmp_path / "i" / name).unlink()
+    made = built(ClassFoldersSource(path=str(tmp_path / "s")), tmp_path / "i", monkeypatch)
+    fresh = built(ClassFoldersSource(path=str(tmp_path / "s")), tmp_path / "fresh", monkeypatch)
+    assert made.artifact.files == fresh.artifact.files
+    assert made.artifact.facts["images"] == fresh.artifact.facts["images"]
 
 
 def test_the_artifact_names_what_was_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

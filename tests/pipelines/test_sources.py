@@ -500,6 +500,17 @@ def test_labels_of_a_type_that_is_none(tmp_path: Path) -> None:
         indexed(HuggingFaceSource(path=str(tmp_path)), tmp_path)
 
 
+def test_a_label_column_that_is_not_there(tmp_path: Path) -> None:
+    """Left out, images have no label where there is none; named, it must be there."""
+    pq.write_table(pa.table({"image": [{"bytes": b"", "path": ""}], "fine": [1]}), tmp_path / "x.parquet")
+    assert levels(indexed(HuggingFaceSource(path=str(tmp_path)), tmp_path)) == set()
+    assert levels(indexed(HuggingFaceSource(path=str(tmp_path), label_column="fine"), tmp_path)) == {"1"}
+    with pytest.raises(
+        SourceError, match=r"expected the column `fien` \(--data.label-column\) in .*, found image, fine"
+    ):
+        indexed(HuggingFaceSource(path=str(tmp_path), label_column="fien"), tmp_path)
+
+
 @pytest.mark.parametrize("cut", [0.02, 0.3, 0.5, 0.7])
 def test_a_cut_archive(tmp_path: Path, cut: float) -> None:
     write_imagenet(tmp_path)
@@ -616,6 +627,14 @@ def test_a_stray_file_beside_the_splits(tmp_path: Path) -> None:
     found = indexed(ClassFoldersSource(path=str(tmp_path)), tmp_path)
     assert levels(found) == {"cat", "dog"}
     assert (count(found, "validation"), count(found)) == (12, 25)
+
+
+@pytest.mark.parametrize("evaluation", ["val", "test"])
+def test_a_folder_beside_the_splits_that_says_none(tmp_path: Path, evaluation: str) -> None:
+    """Taken for classes, `train`, `val` and `extra` would hide the real ones and mix the splits."""
+    write_class_folders(tmp_path, splits=("train", evaluation, "extra"))
+    with pytest.raises(SourceError, match=r"expected only splits .* found 1 more with images: extra; "):
+        ClassFoldersSource(path=str(tmp_path)).parts()
 
 
 def test_a_train_folder_alone_and_a_class_named_train(tmp_path: Path) -> None:
