@@ -26,7 +26,8 @@ from torch.nn import functional
 
 from benchmarks.peers import Bar, decode_resize_encode, median_ratio, pin, report
 from benchmarks.shard import QUALITY, SIZE, photographs
-from vqvae_core.images import encode, load, resize_and_crop
+from vqvae_core.decoding import load
+from vqvae_core.images import encode, resize_and_crop
 
 
 def _square(width: int, height: int) -> tuple[int, int, int]:

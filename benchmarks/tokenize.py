@@ -30,7 +30,7 @@ from vqvae_core.checkpoint import save_model
 from vqvae_core.image_shards import KIND, Sample, read_tar, write_tar
 from vqvae_core.images import encode
 from vqvae_core.storage import Folder
-from vqvae_core.train import best_precision
+from vqvae_core.train_config import best_precision
 from vqvae_core.vqvae import VQVAE
 
 SIZE, PER_SHARD, BATCH, PROCESSES = 84, 1024, 16, 2

@@ -101,6 +101,13 @@ class Session:
         nodes = self.connect().nodes()
         return max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
 
+    def leaving_nodes(self) -> set[str]:
+        """Ids of the nodes that are about to be taken away. (What Ray Train has for it makes all ranks wait for each
+        other each time that one asks.)"""
+        from ray._private.state import state
+
+        return set(state.get_draining_nodes())
+
     def close(self) -> None:
         """Stop what still runs, then Ray, where it was started here."""
         try:

@@ -24,7 +24,7 @@ from pipelines.ray_train import TrainingFailedError
 from pipelines.sources import SOURCES
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
-from vqvae_core.train import NonFiniteLossError
+from vqvae_core.train import NonFiniteLossError, StoppedError
 
 USER_ERRORS = (InputError, ResourceError, NonFiniteLossError, TrainingFailedError)
 
@@ -199,7 +199,7 @@ def replay(location: str) -> PipelineConfig:
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command and end the process: errors that a user can fix are one line on stderr and exit code 2; Ctrl-C is
-    130."""
+    130, SIGTERM while a model trains 143."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code = 0
     try:
@@ -208,6 +208,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         code = _refused(str(error))
     except OSError as error:
         code = _refused(f"{type(error).__name__}: {error}")
+    except StoppedError as error:
+        print(f"{error}; the same command goes on from here", file=sys.stderr)
+        code = 143
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         code = 130

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipelines.sources import SOURCES, AnySource, ViZDoomSource
+from vqvae_core.augment import AugmentConfig
 from vqvae_core.checkpoint import config_from_json
-from vqvae_core.images import ImageFormat
+from vqvae_core.decoding import ImageFormat
 from vqvae_core.pixelcnn import PixelCNNConfig
-from vqvae_core.train import TrainConfig
+from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import STRIDE, VQVAEConfig
 
 
@@ -85,14 +86,25 @@ class Resources:
 
     num_workers: int = 1
     """Training workers (ranks)."""
+    min_workers: int | None = None
+    """Train with as few as these where there is no room for num_workers, and with more again where there is; None:
+    always num_workers. Only as many work as divide the lanes."""
     cpus_per_worker: int | None = None
     """CPUs and threads of each; None: all CPUs, divided evenly."""
     use_gpu: bool = False
     """Give each training worker and each encoder one GPU."""
+    loader_workers: int = 0
+    """Processes of each training worker that decode images; 0: a thread of it."""
+    micro_batch: int | None = None
+    """Samples that a device takes at once; a larger share of the batch is taken in parts. None: all at once."""
+    compile: bool = True
+    """Compile the model on GPUs."""
+    usage_alarm: float = 0.1
+    """Say so where less than this share of the codes was used in an epoch."""
     checkpoint_every: int = 250
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints kept of a run."""
+    """Newest checkpoints kept of a run, beside the best by validation."""
     max_failures: int = 3
     """Times that training starts again from its last checkpoint after a worker died."""
 
@@ -102,6 +114,14 @@ class Resources:
                 raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
         if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
             raise ValueError(f"cpus_per_worker must be at least 1, was {self.cpus_per_worker}")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError(f"min_workers must be 1 to num_workers {self.num_workers}, was {self.min_workers}")
+        if not 0 <= self.loader_workers <= 8:
+            raise ValueError(f"loader_workers must be 0 to 8, was {self.loader_workers}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, was {self.micro_batch}")
+        if not 0 <= self.usage_alarm <= 1:
+            raise ValueError(f"usage_alarm must be a share from 0 to 1, was {self.usage_alarm}")
         if self.max_failures < 0:
             raise ValueError(f"max_failures must be 0 or more, was {self.max_failures}")
 
@@ -118,6 +138,8 @@ class PipelineConfig:
     """The VQ-VAE."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Training of the VQ-VAE."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What its training images go through."""
     prior: PixelCNNConfig = field(default_factory=PixelCNNConfig)
     """The prior."""
     train_prior: TrainConfig = field(default_factory=TrainConfig)

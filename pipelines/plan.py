@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from pipelines.config import ShardConfig
-from vqvae_core.stream import permutation
+from vqvae_core.order import permutation
 
 SPLITS = ("train", "validation")
 

@@ -4,7 +4,7 @@ from pipelines.config import PipelineConfig, Resources, SampleConfig, ShardConfi
 from pipelines.sources import ImageNetSource, RecordedFramesSource, ViZDoomSource
 from vqvae_core.pixelcnn import PixelCNNConfig
 from vqvae_core.quantizer import QuantizerConfig
-from vqvae_core.train import TrainConfig
+from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import VQVAEConfig
 
 _PAPER_TRAIN = TrainConfig(steps=250_000, batch_size=128, num_lanes=64, learning_rate=2e-4)

@@ -1,29 +1,34 @@
-"""Ray Train around a loop that knows no Ray: workers, checkpoints, restarts, and the way of metrics to the driver."""
+"""Ray Train around a loop that knows no Ray: workers, restarts, stops, and the way of metrics to the driver.
 
-import json
+States are the project's own (vqvae_core/checkpoint.py): Ray's list of checkpoints is rewritten in place, so that a kill
+can tear it, and knows nothing of hashes. Ray Train starts workers, again where they die, more or fewer where it may.
+"""
+
+import contextlib
 import os
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from pipelines.config import Resources
 from pipelines.progress import Progress
 from pipelines.stage import Pipeline
 from pipelines.tracking import StageRun
-from vqvae_core.checkpoint import CheckpointError, TrainingState, load_state
+from vqvae_core.checkpoint import StateFolder, TrainingState
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
-from vqvae_core.train import NonFiniteLossError, Worker
+from vqvae_core.train import NonFiniteLossError, StoppedError, Worker
 
 # (settings, worker, state to go on from) -> JSON value of rank 0
 Loop = Callable[[dict[str, Any], Worker, TrainingState | None], dict[str, Any]]
-_ERRORS = {"InputError": InputError, "NonFiniteLossError": NonFiniteLossError}
+_FINAL = {kind.__name__: kind for kind in (InputError, NonFiniteLossError, StoppedError)}  # a restart mends none
 _SECONDS_BETWEEN_POLLS = 0.5
-_SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's own
+_SECONDS_BETWEEN_SAVES = 5.0  # while a node is about to be taken away
+_START_SECONDS = "60"
+_ELASTIC_START_SECONDS = "20"  # a group of a size that is no longer there is given up after it
 
 
 class TrainingFailedError(RuntimeError):
@@ -31,14 +36,21 @@ class TrainingFailedError(RuntimeError):
 
 
 class _Board:
-    """An actor that rank 0 posts its metrics to and the driver reads them from: workers need no tracking client."""
+    """An actor between workers and the driver, so that workers need no tracking client and the driver can ask."""
 
     def __init__(self) -> None:
-        self._points: list[tuple[int, dict[str, float]]] = []
+        self._posts: list[tuple[str, int, Any]] = []
         self._failure: tuple[str, str] | None = None
+        self._asked, self._nodes = "", set[str]()
 
-    def post(self, step: int, metrics: dict[str, float]) -> None:
-        self._points.append((step, metrics))
+    def post(self, kind: str, step: int, value: Any) -> None:
+        """kind: metrics, pictures, or line."""
+        self._posts.append((kind, step, value))
+
+    def read(self) -> list[tuple[str, int, Any]]:
+        """What was posted since it was read last."""
+        posts, self._posts = self._posts, []
+        return posts
 
     def fail(self, kind: str, message: str) -> None:
         self._failure = self._failure or (kind, message)
@@ -47,8 +59,22 @@ class _Board:
         """What ended training for good: kind and message of an error that starting again would not mend."""
         return self._failure
 
-    def read(self, start: int) -> list[tuple[int, dict[str, float]]]:
-        return self._points[start:]
+    def ask(self, what: str) -> None:
+        """what: save, or stop, which stays."""
+        self._asked = self._asked if self._asked == "stop" else what
+
+    def take_asked(self) -> str:
+        """What is asked for; a save is asked for once."""
+        asked = self._asked
+        self._asked = "" if asked == "save" else asked
+        return asked
+
+    def join(self, node: str) -> None:
+        self._nodes.add(node)
+
+    def nodes(self) -> set[str]:
+        """Nodes that workers run on, or ran on."""
+        return self._nodes
 
 
 def fit(
@@ -56,44 +82,53 @@ def fit(
 ) -> dict[str, Any]:
     """Run the loop on Ray Train's workers and return what rank 0 returned.
 
-    The run's name carries the work's key, so that a changed config never goes on with old weights. settings["steps"]:
-    the total, for the progress bar. Raises what the loop raised, or `TrainingFailedError`.
+    The states' folder carries the work's key, so that a changed config never goes on with old weights.
+    settings["steps"]: the total, for the progress bar; settings["train"]["num_lanes"]: what workers share.
+    Raises what the loop raised, or `TrainingFailedError`.
     """
     resources = pipeline.resources
     cpus = pipeline.session.check(
-        num_workers=resources.num_workers, cpus_per_worker=resources.cpus_per_worker, use_gpu=resources.use_gpu
+        num_workers=resources.min_workers or resources.num_workers,
+        cpus_per_worker=resources.cpus_per_worker,
+        use_gpu=resources.use_gpu,
     )
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a checkpoint is committed at the next poll
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
+    elastic = resources.min_workers is not None
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _ELASTIC_START_SECONDS if elastic else _START_SECONDS
+    )
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     import ray
-    from ray.train import CheckpointConfig, ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
+    place = folder / f"training-{work}"
     board = ray.remote(num_cpus=0)(_Board).remote()
+    workers = (resources.min_workers, resources.num_workers) if resources.min_workers else resources.num_workers
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={
             "loop": loop,
             "settings": settings,
             "board": board,
+            "states": place.uri,
             "identity": work,
-            "left": _state_left(folder / f"training-{work}", work),
+            "keep": resources.keep_checkpoints,
             "threads": cpus,
             "checkpoint_every": resources.checkpoint_every,
+            "micro_batch": resources.micro_batch,
+            "compile": resources.compile,
         },
         scaling_config=ScalingConfig(
-            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker={"CPU": cpus}
+            num_workers=workers, use_gpu=resources.use_gpu, resources_per_worker={"CPU": cpus}
         ),
         run_config=RunConfig(
-            name=f"training-{work}",
-            storage_path=folder.uri,
+            name="ray",
+            storage_path=place.uri,
             failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=resources.keep_checkpoints),
         ),
     )
     value: dict[str, Any] = {}
-    handler = signal.getsignal(signal.SIGINT)
-    with _Follower(board, name, settings["steps"], run):
+    with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):
         try:
             value = trainer.fit().return_value or {}
         except (WorkerGroupError, ControllerError) as error:
@@ -105,11 +140,10 @@ def fit(
             ) from error
         except SystemExit:  # what Ray Train makes of Ctrl-C
             raise KeyboardInterrupt from None
-        finally:
-            signal.signal(signal.SIGINT, handler)
     _raise_failure(board)
     if value["resumed_from"]:
-        print(f"{name}: went on from step {value['resumed_from']}", flush=True)
+        done = " (it was finished)" if value["resumed_from"] == settings["steps"] else ""
+        print(f"{name}: went on from step {value['resumed_from']}{done}", flush=True)
     return value
 
 
@@ -118,77 +152,111 @@ def _raise_failure(board: Any) -> None:
 
     failure = ray.get(board.failure.remote())
     if failure is not None:
-        raise _ERRORS[failure[0]](failure[1])
+        raise _FINAL[failure[0]](failure[1])
 
 
-def _state_left(folder: Folder, identity: str) -> str | None:
-    """Where training goes on if Ray Train has no list of its checkpoints: its newest whole state.
+@contextlib.contextmanager
+def _signals(follower: "_Follower") -> Iterator[None]:
+    """SIGTERM asks training to stop after a checkpoint, a second one ends the program. Ray Train leaves a handler of
+    SIGINT behind, which is taken away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    Ray rewrites that list in place, so a kill in that moment leaves one that it cannot read again.
-    """
+    def stop(number: int, frame: FrameType | None) -> None:
+        follower.ask_to_stop()
+        signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+    signal.signal(signal.SIGTERM, stop)
     try:
-        data = folder.read(_SNAPSHOT)
-        json.loads(data)
-        return None
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except ValueError:
-        folder.write(f"{_SNAPSHOT}.torn", data)
-        folder.delete(_SNAPSHOT)
-        print(f"{folder.uri}: the list of checkpoints was torn by a kill; going on from the newest whole one")
-    for name in sorted((name for name in folder.folders() if name.startswith("step-")), reverse=True):
-        place = f"{folder.uri}/{name}"
-        try:
-            _last_state(_checkpoint_at(place), identity)
-            return place
-        except InputError as error:
-            print(f"passed over: {error}")
-    return None
-
-
-def _checkpoint_at(place: str | None) -> Any:
-    from ray.train import Checkpoint
-
-    return None if place is None else Checkpoint(place)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Follower:
-    """A thread that moves points from the board to the progress bar and to tracking while `fit` blocks."""
+    """A thread that moves what is posted on the board to the progress bar and to tracking while `fit` blocks."""
 
-    def __init__(self, board: Any, name: str, steps: int, run: StageRun) -> None:
-        self._board, self._run = board, run
+    def __init__(self, pipeline: Pipeline, board: Any, name: str, steps: int, run: StageRun) -> None:
+        self._session, self._usage_alarm = pipeline.session, pipeline.resources.usage_alarm
+        self._board, self._run, self._name = board, run, name
         self._progress = Progress(name, steps, "steps")
-        self._seen = 0
-        self._stop = threading.Event()
+        self._end, self._stops, self._told, self._saved = threading.Event(), False, False, 0.0
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "_Follower":
         self._thread.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
+        self._end.set()
         self._thread.join()
         self._drain()
         self._progress.__exit__()
 
+    def ask_to_stop(self) -> None:
+        """Safe in a signal handler: the thread tells the workers."""
+        self._stops = True
+
     def _follow(self) -> None:
-        while not self._stop.wait(_SECONDS_BETWEEN_POLLS):
+        from ray.exceptions import RayError
+
+        while not self._end.wait(_SECONDS_BETWEEN_POLLS):
+            if self._stops and not self._told:
+                self._told = True
+                self._board.ask.remote("stop")
+                print(f"{self._name}: asked to stop; a checkpoint is written first", flush=True)
+            with contextlib.suppress(RayError):
+                self._watch_nodes()
             self._drain()
+
+    def _watch_nodes(self) -> None:
+        """Ask for a checkpoint every few seconds while a node that trains is about to be taken away."""
+        import ray
+
+        leaving = self._session.leaving_nodes()
+        if leaving and time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
+            mine = leaving & ray.get(self._board.nodes.remote(), timeout=10)
+            if mine:
+                if not self._saved:
+                    print(f"{self._name}: a node is about to be taken away, a checkpoint is written", flush=True)
+                self._saved = time.monotonic()
+                self._board.ask.remote("save")
 
     def _drain(self) -> None:
         import ray
         from ray.exceptions import RayError
 
         try:
-            points = ray.get(self._board.read.remote(self._seen), timeout=10)
+            posts = ray.get(self._board.read.remote(), timeout=10)
         except RayError:  # the curves are also in the checkpoint and the artifact
             return
+        points = [(step, self._with_alarm(step, value)) for kind, step, value in posts if kind == "metrics"]
+        for kind, step, value in posts:
+            if kind == "line":
+                print(f"{self._name}: {value}", flush=True)
+            if kind == "pictures":
+                self._run.show(step, value)
         if points:
-            self._seen += len(points)
             step, metrics = points[-1]
             note = " ".join(f"{name}={value:.4g}" for name, value in list(metrics.items())[:2])
             self._progress.advance_to(step, note)
             self._run.log(points)
+
+    def _with_alarm(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        usage = metrics.get("epoch_usage")
+        if usage is None:
+            return metrics
+        if usage < self._usage_alarm:
+            print(
+                f"{self._name}: alarm at step {step}: {100 * usage:.1f} % of the codes were used in the last epoch, "
+                f"expected at least {100 * self._usage_alarm:.0f} %; a table that collapses is helped by revive_every, "
+                "moving averages, or a lower learning rate",
+                flush=True,
+            )
+        return {**metrics, "usage_alarm": float(usage < self._usage_alarm)}
 
 
 def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
@@ -198,65 +266,107 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
-    context = ray.train.get_context()
+    begin, board = time.time(), config["board"]
     torch.set_num_threads(config["threads"])
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    rank, ranks = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    world_size, group = _share_lanes(config["settings"]["train"]["num_lanes"], ranks)
+    if rank >= world_size or ray.get(board.failure.remote()) is not None:
+        return {}  # one rank too many; or another has told why, and starting again would not mend it
+
+    board.join.remote(ray.get_runtime_context().get_node_id())
 
     def all_reduce(tensor: torch.Tensor) -> None:
         if world_size > 1:
-            torch.distributed.all_reduce(tensor)
+            torch.distributed.all_reduce(tensor, group=group)
 
-    def log(step: int, metrics: dict[str, float]) -> None:
-        if rank == 0:
-            config["board"].post.remote(step, metrics)
+    def post(kind: str, step: int, value: Any) -> None:
+        board.post.remote(kind, step, value)
 
-    def save(step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        checkpoint = None
-        if write is not None:
-            place = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-            write(place)
-            checkpoint = ray.train.Checkpoint.from_directory(str(place))
-        ray.train.report(
-            {"step": step},
-            checkpoint=checkpoint,
-            checkpoint_dir_name=f"step-{step:09d}",
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
-
-    worker = Worker(
-        rank=rank,
-        world_size=world_size,
-        device=str(ray.train.torch.get_device()),
-        checkpoint_every=config["checkpoint_every"],
-        all_reduce=all_reduce,
-        log=log,
-        save=save,
+    states = StateFolder(
+        Folder(config["states"]), config["identity"], keep=config["keep"], warn=lambda line: post("line", 0, line)
     )
-    begin = time.time()
-    board = config["board"]
-    if ray.get(board.failure.remote()) is not None:
-        return {}  # another rank has told why: starting again would not mend it
-    try:
-        state = _last_state(ray.train.get_checkpoint() or _checkpoint_at(config["left"]), config["identity"])
-        value = config["loop"](config["settings"], worker, state)
-    except (InputError, NonFiniteLossError) as error:
-        kind = "InputError" if isinstance(error, InputError) else "NonFiniteLossError"
-        ray.get(board.fail.remote(kind, str(error)))
-        if world_size > 1:
-            raise  # ends the whole group: other ranks may wait for this one
-        return {}
+    device = ray.train.torch.get_device()
+    with _Asked(board, rank) as asked:
+        worker = Worker(
+            rank=rank,
+            world_size=world_size,
+            device=str(device),
+            checkpoint_every=config["checkpoint_every"],
+            micro_batch=config["micro_batch"],
+            compile=config["compile"] and device.type == "cuda",
+            all_reduce=all_reduce,
+            log=lambda step, metrics: post("metrics", step, metrics),
+            show=lambda step, pictures: post("pictures", step, pictures),
+            warn=lambda line: post("line", 0, line),
+            save=states.save,
+            flush=states.wait,
+            load=states.load,
+            asked=asked.take,
+        )
+        try:
+            state = _agreed_state(states, rank, device, all_reduce)
+            value = config["loop"](config["settings"], worker, state)
+        except (InputError, NonFiniteLossError, StoppedError) as error:
+            kind = next(name for name, final in _FINAL.items() if isinstance(error, final))
+            ray.get(board.fail.remote(kind, str(error)))
+            if world_size > 1:
+                raise  # ends the whole group: other ranks may wait for this one
+            return {}
     return {**value, "resumed_from": state.step if state else 0, "work_seconds": time.time() - begin}
 
 
-def _last_state(checkpoint: Any, identity: str) -> TrainingState | None:
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as place:
-        try:
-            return load_state(Path(place), identity)
-        except CheckpointError as error:
-            raise InputError(f"{error}; move that checkpoint away to start from an earlier one") from error
+def _share_lanes(num_lanes: int, ranks: int) -> tuple[int, Any]:
+    """How many of the ranks train, since they have to share the lanes evenly, and their process group."""
+    import torch
+
+    count = next(number for number in range(ranks, 0, -1) if num_lanes % number == 0)
+    return count, torch.distributed.new_group(list(range(count))) if 1 < count < ranks else None
+
+
+def _agreed_state(
+    states: StateFolder, rank: int, device: Any, all_reduce: Callable[[Any], None]
+) -> TrainingState | None:
+    """The newest whole state, chosen by rank 0 for all."""
+    import torch
+
+    state = states.newest() if rank == 0 else None
+    step = torch.tensor([state.step if state is not None else 0.0], dtype=torch.float64, device=device)
+    all_reduce(step)
+    if rank == 0 or not int(step):
+        return state
+    return states.load(int(step))
+
+
+class _Asked:
+    """What the driver asks of training. Rank 0 looks twice a second, in a thread: the loop asks after each step."""
+
+    def __init__(self, board: Any, rank: int) -> None:
+        self._board, self._looks, self._asked = board, rank == 0, ""
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="asked", daemon=True)
+
+    def __enter__(self) -> "_Asked":
+        if self._looks:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+
+    def take(self) -> Any:
+        """"", save or stop; a save is given once."""
+        asked = self._asked
+        if asked == "save":
+            self._asked = ""
+        return asked
+
+    def _look(self) -> None:
+        import ray
+        from ray.exceptions import RayError
+
+        while not self._end.wait(_SECONDS_BETWEEN_POLLS):
+            with contextlib.suppress(RayError):
+                self._asked = ray.get(self._board.take_asked.remote(), timeout=10) or self._asked
 
 
 def describe(resources: Resources) -> str:

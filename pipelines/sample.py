@@ -11,7 +11,8 @@ from pipelines.stage import Made, Pipeline, WorkClock, Workspace, fan_out, write
 from pipelines.train_prior import load_prior
 from pipelines.train_vqvae import load_vqvae, png
 from vqvae_core.artifacts import Artifact, FileEntry
-from vqvae_core.images import decode, grid
+from vqvae_core.decoding import decode
+from vqvae_core.images import grid
 from vqvae_core.sampler import sample as draw
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import write_parquet

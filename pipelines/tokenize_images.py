@@ -17,6 +17,7 @@ from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from pipelines.train_vqvae import load_vqvae
 from vqvae_core.artifacts import Artifact, FileEntry
+from vqvae_core.augment import centre_crop
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder
@@ -63,7 +64,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
             done += result["rows"]
             progress.advance_to(done)
     files = [FileEntry(**record["file"]) for record in space.records(names)]
-    sites = images.size // STRIDE
+    sites = model.facts["image_size"] // STRIDE
     facts = {
         "shape": {"H": sites, "W": sites, "G": 1, "K": model.facts["K"]},
         "model": model.manifest.fingerprint,
@@ -115,6 +116,7 @@ class Encoder:
         torch.set_num_threads(job["threads"])
         artifact = Artifact.open(Folder(job["model"]))
         self._fingerprint, self._precision = artifact.manifest.fingerprint, artifact.facts["precision"]
+        self._size = artifact.facts["image_size"]
         self._device = "cuda" if job["use_gpu"] else "cpu"
         model = load_vqvae(artifact)
         to_device(model, self._device)
@@ -134,6 +136,7 @@ class Encoder:
     def _write(self, row: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         model = self._load(job)
         pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(json.loads(row["shape"]))
+        pixels = centre_crop(pixels, self._size)  # of images that are stored larger than the model takes them
         tokens = torch.cat(list(self._encode(model, pixels))).numpy()[..., None]
         shape = TokenShape(
             height=tokens.shape[1],

@@ -184,6 +184,17 @@ class StageRun:
         if points and run_id is not None:
             self._tracker.attempt(lambda: self._tracker._log_metrics(run_id, points))
 
+    def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """PNG files by name, of a step."""
+        run_id = self.run_id
+        for name, data in pictures.items() if run_id is not None else ():
+            stem = name.removesuffix(".png")
+            self._tracker.attempt(
+                lambda stem=stem, data=data: _log_file(
+                    self._tracker.client, run_id, f"{stem}-{step:06d}.png", data, folder="validation"
+                )
+            )
+
     def fail(self) -> None:
         """End the run as failed: the same command goes on with it."""
         run_id = self.run_id

@@ -5,32 +5,28 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines import ray_train
 from pipelines.config import PipelineConfig, recipe_of
 from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
-from pipelines.train_vqvae import write_files
+from pipelines.train_vqvae import load_best, write_files
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.checkpoint import TrainingState, config_from_json, load_model, save_model
 from vqvae_core.errors import InputError
+from vqvae_core.order import mix
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
-from vqvae_core.prior_training import (
-    PriorTraining,
-    TokenItem,
-    bits_per_token,
-    collate_tokens,
-    token_items,
-    unigram_bits_per_token,
-)
+from vqvae_core.prior_training import PriorTraining, bits_per_token, unigram_bits_per_token
 from vqvae_core.storage import Folder
-from vqvae_core.stream import Stream, mix
+from vqvae_core.token_loader import TokenLoader
 from vqvae_core.token_shards import TokenShape, TokenShards
-from vqvae_core.train import TrainConfig, Worker, train
+from vqvae_core.train import Worker, train
+from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import STRIDE
 
-VERSION = 1
+VERSION = 2
 KIND = "PriorModel"
 _VALIDATION_IMAGES = 256
 
@@ -66,24 +62,18 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
     """Runs on each rank, with or without Ray."""
     shards = TokenShards.open(Folder(settings["tokens"]))
     schedule = TrainConfig(**settings["train"])
-    files = [(path, shards.artifact.files[path].rows) for path in shards.shards("train")]
-    stream: Stream[TokenItem] = Stream(
-        files,
-        lambda path: token_items(shards.read(path)),
-        schedule,
-        rank=worker.rank,
-        world_size=worker.world_size,
-    )
+    loader = TokenLoader(shards, schedule, rank=worker.rank, world_size=worker.world_size)
     num_classes = len(shards.label_map or {})
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
     model = PixelCNN(config_from_json(PixelCNNConfig, settings["model"]), shards.shape, num_classes)
     task = PriorTraining(
         model, precision=schedule.precision, worker=worker, validation=read_tokens(shards, _VALIDATION_IMAGES)
     )
-    history = train(task, stream, collate_tokens, schedule, worker, settings["identity"], resume)
+    history = train(task, loader, schedule, worker, settings["identity"], resume)
     if worker.rank != 0:
         return {}
-    facts = _figures(model.eval(), shards, schedule, worker)
+    best = load_best(task, history, worker)
+    facts = {**_figures(model.eval(), shards, schedule, worker), "best_step": best}
     description = {
         "model": settings["model"],
         "shape": dataclasses.asdict(shards.shape),
@@ -99,12 +89,14 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
 
 def read_tokens(shards: TokenShards, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, int64 (N, H, W), and labels (N,) of the first images of the validation split."""
-    items: list[TokenItem] = []
+    tokens, labels = [], []
     for path in shards.shards("validation"):
-        items += token_items(shards.read(path))
-    if not items:
+        table = shards.read(path)
+        tokens.append(table.tokens[..., 0].astype(np.int64))
+        labels.append(table.labels.astype(np.int64))
+    if not tokens or not sum(map(len, tokens)):
         raise InputError(f"expected a validation split in {shards.artifact.folder.uri}, found no row")
-    return collate_tokens(items[:limit])
+    return torch.from_numpy(np.concatenate(tokens)[:limit]), torch.from_numpy(np.concatenate(labels)[:limit])
 
 
 def _figures(model: PixelCNN, shards: TokenShards, schedule: TrainConfig, worker: Worker) -> dict[str, Any]:

@@ -14,22 +14,23 @@ from pipelines.config import PipelineConfig, recipe_of
 from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
 from vqvae_core.artifacts import Artifact, FileEntry
-from vqvae_core.checkpoint import TrainingState, config_from_json, load_model, save_model
+from vqvae_core.augment import AugmentConfig, centre_crop
+from vqvae_core.checkpoint import History, TrainingState, config_from_json, load_model, save_model
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards, Sample
-from vqvae_core.images import grid
+from vqvae_core.loader import ImageLoader
+from vqvae_core.order import mix
 from vqvae_core.storage import Folder
-from vqvae_core.stream import Stream, mix
-from vqvae_core.train import TrainConfig, Worker, best_precision, train
+from vqvae_core.train import Trainable, Worker, best_step, train
+from vqvae_core.train_config import TrainConfig, best_precision
 from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
-from vqvae_core.vqvae_training import VQVAETraining, collate_pixels, evaluate, reconstruct, shrunken_psnr_db
+from vqvae_core.vqvae_training import VQVAETraining, comparison, evaluate, shrunken_psnr_db
+from vqvae_core.weight_average import load_weights
 
-VERSION = 1
+VERSION = 2
 KIND = "VQVAEModel"
 RECONSTRUCTIONS = "reconstructions.png"
 _VALIDATION_IMAGES = 256  # for the curves; the final figures are over the whole split
-_PICTURES = 16
-_COLUMNS = 8
 _BITS_PER_RGB_PIXEL = 24
 
 
@@ -38,12 +39,19 @@ def train_vqvae(pipeline: Pipeline, config: PipelineConfig, images: ImageShards)
 
     Facts: K, D, image_size, precision, and its figures on the validation split.
     """
+    config.augment.size(images.size)
     schedule = config.train
-    recipe = {"model": recipe_of(config.vqvae), "train": recipe_of(schedule)}
+    recipe = {
+        "model": recipe_of(config.vqvae),
+        "train": recipe_of(schedule),
+        "augment": recipe_of(config.augment),
+    }
     settings = {
         "images": images.artifact.folder.uri,
         "model": dataclasses.asdict(config.vqvae),
         "train": dataclasses.asdict(schedule),
+        "augment": dataclasses.asdict(config.augment),
+        "loader_workers": pipeline.resources.loader_workers,
         "steps": schedule.steps,
     }
     return pipeline.make(
@@ -75,21 +83,41 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
     images = ImageShards.open(Folder(settings["images"]))
     config = config_from_json(VQVAEConfig, settings["model"])
     schedule = TrainConfig(**settings["train"])
-    files = [(path, images.artifact.files[path].rows) for path in images.shards("train")]
-    stream: Stream[Sample] = Stream(files, images.read, schedule, rank=worker.rank, world_size=worker.world_size)
+    loader = ImageLoader(
+        images,
+        schedule,
+        AugmentConfig(**settings["augment"]),
+        rank=worker.rank,
+        world_size=worker.world_size,
+        num_workers=settings["loader_workers"],
+        warn=worker.warn,
+    )
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))  # the same initial weights on every rank
     model = VQVAE(config)
-    validation = read_pixels(images, "validation", _VALIDATION_IMAGES)
     task = VQVAETraining(
         model,
         steps=schedule.steps,
+        steps_per_epoch=loader.order.steps_per_epoch,
         seed=schedule.seed,
         precision=schedule.precision,
         worker=worker,
-        validation=validation,
+        validation=centre_crop(read_pixels(images, "validation", _VALIDATION_IMAGES), loader.size),
     )
-    history = train(task, stream, collate_pixels, schedule, worker, settings["identity"], resume)
-    return _finish(settings, model, images, schedule, history, worker) if worker.rank == 0 else {}
+    history = train(task, loader, schedule, worker, settings["identity"], resume)
+    if worker.rank != 0:
+        return {}
+    best = load_best(task, history, worker)
+    return _finish(settings, model, images, loader, schedule, history, worker, best)
+
+
+def load_best(task: Trainable, history: History, worker: Worker) -> int:
+    """Give a model the weights that did best in validation, out of their checkpoint. Returns their step."""
+    best = best_step(history, task)
+    assert best is not None, "the last step is always validated"
+    state = worker.load(best)
+    if state is not None:
+        load_weights(task.model, state.tensors)
+    return best
 
 
 def read_pixels(images: ImageShards, split: str, limit: int | None = None) -> torch.Tensor:
@@ -103,32 +131,32 @@ def read_pixels(images: ImageShards, split: str, limit: int | None = None) -> to
         raise InputError(
             f"expected a {split} split in {images.artifact.folder.uri}, found no image; give the source one"
         )
-    return collate_pixels(samples[:limit])
+    return torch.from_numpy(np.stack([sample.pixels() for sample in samples[:limit]]))
 
 
 def _finish(
     settings: dict[str, Any],
     model: VQVAE,
     images: ImageShards,
+    loader: ImageLoader,
     schedule: TrainConfig,
-    history: list[dict[str, float]],
+    history: History,
     worker: Worker,
+    best: int,
 ) -> dict[str, Any]:
     model.eval()
-    pixels = read_pixels(images, "validation")
+    pixels = centre_crop(read_pixels(images, "validation"), loader.size)
     figures = evaluate(model, pixels, schedule.precision, worker.device)
-    sites = images.size // STRIDE
+    sites = loader.size // STRIDE
     num_codes = model.config.quantizer.num_codes
     same_bits_side = max(1, round((sites * sites * np.log2(num_codes) / _BITS_PER_RGB_PIXEL) ** 0.5))
-    chosen = torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()
-    pictures, _ = reconstruct(model, pixels[chosen], schedule.precision, worker.device)
-    pairs = zip(pixels[chosen].split(_COLUMNS), pictures.split(_COLUMNS), strict=True)
-    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(chosen)))
     facts = {
         "K": num_codes,
         "D": model.config.quantizer.code_dim,
-        "image_size": images.size,
+        "image_size": loader.size,
         "precision": schedule.precision,
+        "best_step": best,
+        "left_out_of_an_epoch": loader.order.left_out,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation_images": len(pixels),
         **figures,
@@ -141,7 +169,7 @@ def _finish(
         "model.safetensors": save_model(model),
         "config.json": json.dumps(settings["model"], indent=1).encode(),
         "history.json": json.dumps(history).encode(),
-        RECONSTRUCTIONS: png(sheet),
+        RECONSTRUCTIONS: comparison(model, pixels, schedule.precision, worker.device),
     }
     return {"files": write_files(Folder(settings["out"]), files), "facts": facts}
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import operator
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
@@ -231,10 +232,10 @@ class Artifact:
         try:
             data = self.folder.read(name)
         except FileNotFoundError:
-            raise self._broken(name, "the file", "nothing") from None
+            raise self.broken(name, "the file", "nothing") from None
         found = hash_bytes(data)
         if found != expected:
-            raise self._broken(name, f"sha256 {expected[:12]}", f"{found[:12]}")
+            raise self.broken(name, f"sha256 {expected[:12]}", f"{found[:12]}")
         return FileTable(pq.read_table(io.BytesIO(data), schema=_FILES_SCHEMA))
 
     def check_files(self) -> None:
@@ -244,7 +245,7 @@ class Artifact:
             for entry, size in zip(entries, sizes, strict=True):
                 if size != entry.bytes:
                     found = "nothing" if size is None else f"{size} bytes"
-                    raise self._broken(entry.path, f"{entry.bytes} bytes", found)
+                    raise self.broken(entry.path, f"{entry.bytes} bytes", found)
 
     def read(self, path: str) -> bytes:
         """A whole file, checked against its hash. Raises `ArtifactError` where it differs."""
@@ -254,15 +255,21 @@ class Artifact:
         try:
             data = self.folder.read(path)
         except FileNotFoundError:
-            raise self._broken(path, f"{entry.bytes} bytes", "nothing") from None
-        if len(data) != entry.bytes:
-            raise self._broken(path, f"{entry.bytes} bytes", f"{len(data)} bytes")
-        found = hash_bytes(data)
-        if found != entry.sha256:
-            raise self._broken(path, f"sha256 {entry.sha256[:12]}", found[:12])
+            raise self.broken(path, f"{entry.bytes} bytes", "nothing") from None
+        self.check(path, data)
         return data
 
-    def _broken(self, path: str, expected: str, found: str) -> ArtifactError:
+    def check(self, path: str, data: "builtins.bytes | mmap.mmap") -> None:
+        """Whether this is the content of a file. Raises `ArtifactError` where size or hash differ."""
+        entry = self.files[path]
+        if len(data) != entry.bytes:
+            raise self.broken(path, f"{entry.bytes} bytes", f"{len(data)} bytes")
+        found = hashlib.sha256(data).hexdigest()
+        if found != entry.sha256:
+            raise self.broken(path, f"sha256 {entry.sha256[:12]}", found[:12])
+
+    def broken(self, path: str, expected: str, found: str) -> ArtifactError:
+        """The error of a file that is not what the manifest says."""
         return ArtifactError(
             f"expected {expected} for {path} of {self.folder.uri}, found {found}; "
             "restore the file, or move that folder away to make it again"

@@ -1,7 +1,14 @@
-"""Model files and training states: safetensors and JSON, no pickle. A state that is torn or altered is told by hash."""
+"""Training states: safetensors and JSON, written beside training, checked by hash when one is read.
 
+A folder of states has one folder a step, `step-000000250`, with `state.safetensors` and, written after it, `state.json`
+with its hash. A state without the second is none.
+"""
+
+import contextlib
 import dataclasses
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +21,9 @@ from vqvae_core.artifacts import hash_bytes
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 History = list[dict[str, int | float]]  # the curves: "step" and the metrics of each logged step
-_STATE, _INDEX = "state.safetensors", "state.json"
+_STATE, _INDEX, _PREFIX = "state.safetensors", "state.json", "step-"
 
 
 class CheckpointError(InputError):
@@ -25,7 +32,8 @@ class CheckpointError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """What a run needs to go on: steps done, tensors of the model and the optimizer, and the curves so far.
+    """What a run needs to go on: steps done, tensors of the model, its average and the optimizer, the curves so far,
+    and the metrics of each step since their last point.
 
     The order of samples and all random numbers are functions of the step, so they need no state of their own.
     """
@@ -34,51 +42,139 @@ class TrainingState:
     identity: str
     tensors: dict[str, Tensor]
     history: History = field(default_factory=list)
+    pending: list[dict[str, float]] = field(default_factory=list)
 
 
-def save_state(folder: Path, state: TrainingState) -> None:
-    """Write a state into an empty local folder. The index with the hash comes last."""
-    data = save({name: tensor.detach().contiguous() for name, tensor in state.tensors.items()})
-    index = {
-        "version": STATE_VERSION,
-        "step": state.step,
-        "identity": state.identity,
-        "sha256": hash_bytes(data),
-        "history": state.history,
-    }
-    out = Folder.of(folder)
-    out.write(_STATE, data)
-    out.write(_INDEX, json.dumps(index).encode())
+class StateFolder:
+    """The states of one run. keep: how many of the newest stay, beside the best by validation.
+
+    identity: a hash of what is trained on what; a state of another is refused. warn: called with a line where a state
+    had to be passed over. Writing happens in a thread, one state at a time.
+    """
+
+    def __init__(self, folder: Folder, identity: str, *, keep: int = 2, warn: Callable[[str], None] = print) -> None:
+        self.folder, self.identity, self._keep, self._warn = folder, identity, keep, warn
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a folder, the newest first. Some may be torn."""
+        names = (name.removeprefix(_PREFIX) for name in self.folder.folders() if name.startswith(_PREFIX))
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def newest(self) -> TrainingState | None:
+        """The newest whole state. What is torn or altered is passed over with a warning that names it and the one that
+        is used. Raises `CheckpointError` for a state of another run or version, OSError where a file cannot be read."""
+        torn: list[str] = []
+        for step in self.steps():
+            try:
+                state = self.load(step)
+            except TornStateError as error:
+                torn.append(str(error))
+                continue
+            if torn:
+                self._warn(f"{'; '.join(torn)}; going on from {self.folder.path(_name(step))}")
+            return state
+        if torn:
+            self._warn(f"{'; '.join(torn)}; there is no other, starting from step 0")
+        return None
+
+    def load(self, step: int) -> TrainingState:
+        """Raises `TornStateError` where the state is incomplete or altered, `CheckpointError` where it is of another
+        run."""
+        where = self.folder.path(_name(step))
+        try:
+            index = json.loads(self.folder.read(f"{_name(step)}/{_INDEX}"))
+            version = index["version"]
+        except (FileNotFoundError, NotADirectoryError):
+            raise TornStateError(f"expected a whole training state at {where}, found no {_INDEX}") from None
+        except (ValueError, KeyError, TypeError):
+            raise TornStateError(f"expected JSON in {where}/{_INDEX}, found something else") from None
+        if version != STATE_VERSION:
+            raise CheckpointError(
+                f"expected training state version {STATE_VERSION} at {where}, found {version!r}; use the release that "
+                "wrote it, or move that folder away"
+            )
+        if index["identity"] != self.identity:
+            raise CheckpointError(
+                f"expected the training state of run {self.identity} at {where}, found one of run "
+                f"{index['identity']}: it has another config or other data; move that folder away"
+            )
+        try:
+            data = self.folder.read(f"{_name(step)}/{_STATE}")
+        except (FileNotFoundError, NotADirectoryError):
+            raise TornStateError(f"expected {_STATE} at {where}, found nothing") from None
+        found = hash_bytes(data)
+        if found != index["sha256"]:
+            raise TornStateError(f"expected sha256 {index['sha256'][:12]} for {where}/{_STATE}, found {found[:12]}")
+        rest = {name: index[name] for name in ("step", "identity", "history", "pending")}
+        return TrainingState(tensors=load(data), **rest)
+
+    def save(self, state: TrainingState, best_step: int | None = None) -> None:
+        """Write a state in a thread, after the one before; then delete those that are neither among the newest nor the
+        best. Raises here, or in the next `save` or `wait`, what an earlier one failed with."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(state, best_step), name="states", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last state is written. Raises what writing it failed with: the states before it are kept."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, state: TrainingState, best_step: int | None) -> None:
+        try:
+            self.write(state)
+            kept = {*[step for step in self.steps() if step <= state.step][: self._keep], best_step}
+            for step in self.steps():
+                if step not in kept:
+                    # The index first: what is left of a deletion that is cut short is no state.
+                    self.folder.delete(f"{_name(step)}/{_INDEX}")
+                    self.folder.delete_folder(_name(step))
+        except BaseException as error:
+            self._failure = error
+
+    def write(self, state: TrainingState) -> None:
+        """Write a state now. Its index, with the hash, comes last."""
+        name = _name(state.step)
+        data = save({name: tensor.contiguous() for name, tensor in state.tensors.items()})
+        index = {
+            "version": STATE_VERSION,
+            "step": state.step,
+            "identity": state.identity,
+            "sha256": hash_bytes(data),
+            "history": state.history,
+            "pending": state.pending,
+        }
+        self.folder.delete(f"{name}/{_INDEX}")  # of a torn state of the same step
+        try:
+            self.folder.write(f"{name}/{_STATE}", data)
+            self.folder.write(f"{name}/{_INDEX}", json.dumps(index).encode())
+        except (OSError, InputError):  # such as a full disk: nothing half written takes room
+            with contextlib.suppress(OSError):
+                self.folder.delete_folder(name)
+            raise
 
 
-def load_state(folder: Path, identity: str) -> TrainingState:
-    """Raises `CheckpointError` where the state is incomplete, altered, or of a run with another identity."""
-    source = Folder.of(folder)
-    try:
-        index = json.loads(source.read(_INDEX))
-        data = source.read(_STATE)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"expected a training state at {folder}, it is incomplete: {error}") from error
-    if index.get("version") != STATE_VERSION:
-        raise CheckpointError(
-            f"expected training state version {STATE_VERSION} at {folder}, found {index.get('version')!r}"
-        )
-    if index["identity"] != identity:
-        raise CheckpointError(
-            f"expected the training state of run {identity} at {folder}, found one of run {index['identity']}"
-        )
-    if hash_bytes(data) != index["sha256"]:
-        raise CheckpointError(f"expected sha256 {index['sha256'][:12]} for {folder / _STATE}, found another")
-    return TrainingState(step=index["step"], identity=identity, tensors=load(data), history=index["history"])
+class TornStateError(CheckpointError):
+    """A training state is incomplete or altered: the one before it may be whole."""
+
+
+def _name(step: int) -> str:
+    return f"{_PREFIX}{step:09d}"
 
 
 def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The model's state and the optimizer's, by name, on the CPU."""
+    """The model's state and the optimizer's, by name, copied to the CPU."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for parameter, state in optimizer.state.items():
         tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in state.items()}
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def restore_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -114,9 +210,10 @@ def load_model(model: nn.Module, data: bytes) -> None:
 def config_from_json(kind: type, values: dict[str, Any]) -> Any:
     """A config dataclass, nested ones included, from its JSON. Raises TypeError for a field it does not have."""
     fields: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(kind)}
-    return kind(
-        **{
-            name: config_from_json(fields[name], value) if dataclasses.is_dataclass(fields.get(name)) else value
-            for name, value in values.items()
-        }
-    )
+    return kind(**{name: _from_json(fields.get(name), value) for name, value in values.items()})
+
+
+def _from_json(kind: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return config_from_json(kind, value) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else value

@@ -1,54 +1,49 @@
 """What the training loop needs to know of a prior: its loss and its validation."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vqvae_core.metrics import entropy_bits
 from vqvae_core.pixelcnn import PixelCNN
-from vqvae_core.token_shards import TokenTable
-from vqvae_core.train import Precision, StepOutput, Worker, to_device
+from vqvae_core.train import Piece, StepOutput, Worker, to_device
+from vqvae_core.train_config import Precision
 
-TokenItem = tuple[np.ndarray, int]  # tokens (H, W), label or -1
-
-
-def token_items(table: TokenTable) -> list[TokenItem]:
-    """The rows of a token shard with one code a site."""
-    return [(tokens[:, :, 0], int(label)) for tokens, label in zip(table.tokens, table.labels, strict=True)]
-
-
-def collate_tokens(items: Sequence[TokenItem]) -> tuple[Tensor, Tensor]:
-    """Tokens, int64 (B, H, W), and labels, int64 (B,)."""
-    tokens = torch.from_numpy(np.stack([tokens for tokens, _ in items]).astype(np.int64))
-    return tokens, torch.tensor([label for _, label in items], dtype=torch.int64)
+Batch = tuple[Tensor, Tensor]  # tokens (B, H, W, 1) and labels (B,)
 
 
 class PriorTraining:
     """The `Trainable` of a prior. validation: tokens (N, H, W) and labels (N,), a fixed set."""
 
-    def __init__(
-        self, model: PixelCNN, *, precision: Precision, worker: Worker, validation: tuple[Tensor, Tensor]
-    ) -> None:
+    def __init__(self, model: PixelCNN, *, precision: Precision, worker: Worker, validation: Batch) -> None:
         to_device(model, worker.device)
         self.model = model
         self._precision: Precision = precision
         self._worker, self._validation = worker, validation
 
-    def before_training(self, batch: tuple[Tensor, Tensor], worker: Worker) -> None:
+    def before_training(self, pieces: Sequence[tuple[Batch, Piece]], worker: Worker) -> None:
         """A prior starts from its initial weights."""
 
-    def step(self, batch: tuple[Tensor, Tensor], step: int) -> StepOutput:
+    def step(self, batch: Batch, piece: Piece, step: int) -> StepOutput:
         tokens, labels = (part.to(self._worker.device) for part in batch)
         device = torch.device(self._worker.device).type
         with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16"):
-            loss = self.model.nll_nats(tokens, labels).mean()
+            loss = self.model.nll_nats(tokens[..., 0], labels).mean()
         return StepOutput(loss, {"bits_per_token": loss / math.log(2)}, [])
 
     def after_step(self, statistics: list[Tensor], step: int, optimizer: torch.optim.Optimizer) -> None:
         """A prior keeps no statistics."""
+
+    def figures(self, since: int, done: int) -> dict[str, float]:
+        return {}
+
+    def pictures(self) -> dict[str, bytes]:
+        return {}
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        return metrics["validation_bits_per_token"]
 
     def validate(self) -> dict[str, float]:
         tokens, labels = self._validation

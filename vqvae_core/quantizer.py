@@ -1,32 +1,47 @@
-"""Vector quantization: the nearest code, its gradients, and the two ways to learn the table.
+"""Vector quantization: a table of codes, its gradients, and the ways to learn it; and a grid that needs none (FSQ).
 
 arXiv:1711.00937, section 3. An fp32 island: autocast is off in here, so that training and tokenizing find the same
-codes whatever the precision around it. Distances are never B x D x H x W x K: they come in chunks of rows.
+codes whatever the precision around it.
+
+All quantizers have one interface, `Quantizer`. A step of training is: `forward` on each rank, which changes nothing;
+`statistics` of what it found; their sum over all ranks; `learn` from that sum, the same on every rank.
 """
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vqvae_core.errors import InputError
+from vqvae_core.nearest import kmeans_plus_plus, nearest_codes
 from vqvae_core.shapes import Float, Int
 
-_CHUNK_ELEMENTS = 1 << 23  # 32 MiB of fp32 distances at a time
 _LAPLACE = 1e-5
+_TINY = 1e-12  # a length below which a direction means nothing
+_MARGIN = 1e-3  # of FSQ: its outermost values are reached before the bound is
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizerConfig:
-    """The table of codes and how it learns."""
+    """The table of codes and how it learns; or, with `levels`, a fixed grid."""
 
     num_codes: int = 512
-    """K, the size of the table."""
+    """K, the size of the table. With levels it follows from them."""
     code_dim: int = 64
-    """D, the length of a code."""
+    """D, the length of a code. With levels it follows from them."""
+    levels: tuple[int, ...] = ()
+    """FSQ (arXiv:2309.15505) instead of a table: how many values each channel of a code takes, such as 8 8 8."""
     learn_by: Literal["loss", "moving_average"] = "loss"
     """The paper trains the table by its loss; moving averages are the alternative that it names."""
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    """What the encoder gets of the decoder's gradient: a copy, as in the paper, or turned and scaled as the latent has
+    to be to become its code (arXiv:2410.06424)."""
+    normalize: bool = False
+    """Codes and latents on the unit sphere (arXiv:2110.04627): the nearest code is that of the smallest angle."""
     decay: float = 0.99
     """Of the moving averages."""
     init: Literal["kmeans++", "data", "uniform"] = "kmeans++"
@@ -37,6 +52,8 @@ class QuantizerConfig:
     """Revivals stop after this share of the steps, so that the table settles."""
 
     def __post_init__(self) -> None:
+        if self.levels:
+            self._follow_levels()
         if self.num_codes < 1 or self.num_codes > 65536:
             raise ValueError(f"num_codes must be 1 to 65536 (tokens are stored as uint16), was {self.num_codes}")
         if self.code_dim < 1:
@@ -48,109 +65,151 @@ class QuantizerConfig:
         if not 0 <= self.revive_until <= 1:
             raise ValueError(f"revive_until must be a share of the steps from 0 to 1, was {self.revive_until}")
 
+    def _follow_levels(self) -> None:
+        if min(self.levels) < 2:
+            raise ValueError(f"levels must be 2 or more in each channel, were {' '.join(map(str, self.levels))}")
+        if self.normalize or self.gradient != "straight_through" or self.revive_every or self.learn_by != "loss":
+            raise ValueError(
+                "levels (FSQ) leave no table to learn: leave out learn_by, gradient, normalize and revive_every"
+            )
+        object.__setattr__(self, "num_codes", math.prod(self.levels))
+        object.__setattr__(self, "code_dim", len(self.levels))
+
 
 @dataclass(frozen=True)
 class Quantized:
-    """codes: z_q with the straight-through gradient, (B, D, H, W); tokens: (B, H, W); the two squared distances are
-    sums over D, means over the B*H*W latents: the second and the third term of eq. 3 (beta not yet applied)."""
+    """codes: z_q with the gradient for the encoder, (B, D, H, W); tokens: (B, H, W); rows: the latents as they were
+    compared with the codes, (B*H*W, D), without gradient; the two squared distances are sums over D, means over the
+    B*H*W latents: the second and the third term of eq. 3 (beta not yet applied)."""
 
     codes: Tensor
     tokens: Tensor
+    rows: Tensor
     table_loss: Tensor
     commitment: Tensor
 
 
-def nearest_codes(latents: Float[Tensor, "n d"], table: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
-    """Index (N,) of the nearest code (K, D), Euclidean, for each row of latents (N, D): eq. 1.
-
-    |z|^2 is the same for every code and left out. Ties go to the lowest index.
-    """
-    norms = table.square().sum(dim=1)
-    tokens = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    rows = max(1, _CHUNK_ELEMENTS // len(table))
-    for start in range(0, len(latents), rows):
-        chunk = latents[start : start + rows]
-        tokens[start : start + rows] = torch.addmm(norms, chunk, table.T, alpha=-2.0).argmin(dim=1)
-    return tokens
-
-
-def kmeans_plus_plus(points: Float[Tensor, "n d"], num_codes: int, generator: torch.Generator) -> Float[Tensor, "k d"]:
-    """Codes (K, D) drawn from points (N, D), each with probability proportional to its squared distance to the
-    nearest code so far (Arthur and Vassilvitskii 2007). Where points run out of distinct places, any point is taken."""
-    uniform = torch.rand(num_codes, dtype=torch.float64, generator=generator).to(points.device)
-    distance = torch.ones(len(points), dtype=torch.float64, device=points.device)
-    chosen = torch.empty(num_codes, dtype=torch.int64, device=points.device)
-    for number in range(num_codes):
-        mass = distance.cumsum(0)
-        if mass[-1] <= 0:
-            distance = torch.ones_like(distance)
-            mass = distance.cumsum(0)
-        index = torch.searchsorted(mass, uniform[number] * mass[-1]).clamp(max=len(points) - 1)
-        chosen[number] = index
-        nearest = (points - points[index]).square().sum(dim=1).to(torch.float64)
-        distance = nearest if number == 0 else torch.minimum(distance, nearest)
-    return points[chosen].clone()
-
-
-class VectorQuantizer(nn.Module):
-    """A table of codes, with its statistics as buffers, so that they are part of every checkpoint."""
+class Quantizer(nn.Module, ABC):
+    """Latents to codes out of K, and how often each is used. Counters are buffers: part of every checkpoint."""
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.config = config
-        table = torch.empty(config.num_codes, config.code_dim).uniform_(-1 / config.num_codes, 1 / config.num_codes)
-        self.table = nn.Parameter(table, requires_grad=config.learn_by == "loss")
-        self.counts = nn.Buffer(torch.ones(config.num_codes))  # moving averages start at one latent a code,
-        self.sums = nn.Buffer(table.clone())  # which lies on the code: no debias is needed
-        self.hits = nn.Buffer(torch.zeros(config.num_codes))  # since the last revival
-        self.started = nn.Buffer(torch.tensor(config.init == "uniform"))
+        self.hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))  # since the last revival
+        self.epoch_hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))  # since the epoch began
+        self.last_epoch_hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))
 
+    @abstractmethod
     def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
         """latents: z_e (B, D, H, W). It changes nothing: `learn` does."""
-        with torch.autocast(latents.device.type, enabled=False):
-            latents = at_least_fp32(latents)
-            rows = _rows(latents)
-            tokens = nearest_codes(rows.detach(), self.table.detach())
-            codes = self.table[tokens]
-            table_loss = (rows.detach() - codes).square().sum(dim=1).mean()
-            commitment = (rows - codes.detach()).square().sum(dim=1).mean()
-            batch, dim, height, width = latents.shape
-            codes = codes.detach().view(batch, height, width, dim).permute(0, 3, 1, 2)
-            passed = latents + (codes - latents).detach()
-            return Quantized(passed, tokens.view(batch, height, width), table_loss, commitment)
 
+    @abstractmethod
     def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
         """Codes (B, D, H, W) of tokens (B, H, W). Raises `InputError` for a token that is not in the table."""
+
+    @property
+    @abstractmethod
+    def started(self) -> bool:
+        """The codes have their first places."""
+
+    def statistics(self, quantized: Quantized) -> list[Tensor]:
+        """What one rank adds to the sum over ranks: first of all counts (K,) of the latents that chose each code."""
+        counts = torch.bincount(quantized.tokens.reshape(-1), minlength=self.config.num_codes)
+        return [counts.to(quantized.rows.dtype)]
+
+    @torch.no_grad()
+    def learn(self, statistics: list[Tensor]) -> None:
+        """One step, from statistics that are already summed over all ranks. In eval it does nothing."""
+        if self.training:
+            counts = statistics[0].round().to(torch.int64)
+            self.hits += counts
+            self.epoch_hits += counts
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Keep the epoch's counts, and begin to count another."""
+        self.last_epoch_hits.copy_(self.epoch_hits)
+        self.epoch_hits.zero_()
+
+    def _check(self, tokens: Tensor) -> None:
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.config.num_codes):
             raise InputError(
                 f"expected tokens from 0 to {self.config.num_codes - 1}, found {int(tokens.min())} to "
                 f"{int(tokens.max())}; were they made by another model?"
             )
-        return self.table.detach()[tokens].permute(0, 3, 1, 2)
 
-    def statistics(self, latents: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What one rank adds to the averages: counts (K,) and sums (K, D) of the latents that chose each code."""
-        rows = _rows(at_least_fp32(latents.detach()))
-        flat = tokens.reshape(-1)
-        counts = torch.bincount(flat, minlength=self.config.num_codes).to(rows.dtype)
-        return counts, torch.zeros_like(self.table).index_add_(0, flat, rows)
+
+def make_quantizer(config: QuantizerConfig) -> Quantizer:
+    """The quantizer of a config."""
+    return FiniteScalarQuantizer(config) if config.levels else VectorQuantizer(config)
+
+
+class VectorQuantizer(Quantizer):
+    """A table of codes, with its statistics as buffers."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__(config)
+        table = torch.empty(config.num_codes, config.code_dim).uniform_(-1 / config.num_codes, 1 / config.num_codes)
+        if config.normalize:
+            table = F.normalize(table, dim=1)
+        self.table = nn.Parameter(table, requires_grad=config.learn_by == "loss")
+        self.counts = nn.Buffer(torch.ones(config.num_codes))  # moving averages start at one latent a code,
+        self.sums = nn.Buffer(table.clone())  # which lies on the code: no debias is needed
+        self.placed = nn.Buffer(torch.tensor(config.init == "uniform"))
+
+    @property
+    def started(self) -> bool:
+        return bool(self.placed)
+
+    def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
+        with torch.autocast(latents.device.type, enabled=False):
+            batch, dim, height, width = latents.shape
+            rows, table = self.compared(latents), self._codes()
+            tokens = nearest_codes(rows.detach(), table.detach())
+            codes = F.embedding(tokens, table)
+            table_loss = (rows.detach() - codes).square().sum(dim=1).mean()
+            commitment = (rows - codes.detach()).square().sum(dim=1).mean()
+            codes = codes.detach()
+            if rows.requires_grad:
+                carried = rotated(rows, codes) if self.config.gradient == "rotation" else rows
+                codes = codes + (carried - carried.detach())
+            passed = codes.view(batch, height, width, dim).permute(0, 3, 1, 2)
+            return Quantized(passed, tokens.view(batch, height, width), rows.detach(), table_loss, commitment)
+
+    def compared(self, latents: Tensor) -> Tensor:
+        """Latents (B, D, H, W) as rows (B*H*W, D) in the place where codes are: on the sphere, where they are."""
+        rows = at_least_fp32(latents).permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+        return F.normalize(rows, dim=1) if self.config.normalize else rows
+
+    def _codes(self) -> Tensor:
+        return F.normalize(self.table, dim=1) if self.config.normalize else self.table
+
+    def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+        self._check(tokens)
+        return self._codes().detach()[tokens].permute(0, 3, 1, 2)
+
+    def statistics(self, quantized: Quantized) -> list[Tensor]:
+        """Counts (K,) and, for moving averages, sums (K, D) of the latents that chose each code."""
+        counts = super().statistics(quantized)
+        if self.config.learn_by == "loss":
+            return counts
+        sums = torch.zeros_like(self.sums).index_add_(0, quantized.tokens.reshape(-1), quantized.rows)
+        return [*counts, sums]
 
     @torch.no_grad()
-    def learn(self, counts: Float[Tensor, "k"], sums: Float[Tensor, "k d"]) -> None:
-        """One step of the table from statistics that are already summed over all ranks. In eval it does nothing.
-
-        Moving averages: eq. 6 to 8 of appendix A.1. The smoothed counts are a copy; what is stored is never smoothed.
-        """
-        if not self.training:
+    def learn(self, statistics: list[Tensor]) -> None:
+        """Moving averages: eq. 6 to 8 of appendix A.1. The smoothed counts are a copy; what is stored is never
+        smoothed."""
+        super().learn(statistics)
+        if not self.training or self.config.learn_by == "loss":
             return
-        self.hits += counts
-        if self.config.learn_by == "loss":
-            return
+        counts, sums = statistics
         self.counts.lerp_(counts, 1 - self.config.decay)
         self.sums.lerp_(sums, 1 - self.config.decay)
         total = self.counts.sum()
         smooth = (self.counts + _LAPLACE) / (total + self.config.num_codes * _LAPLACE) * total
-        self.table.copy_(self.sums / smooth[:, None])
+        table = self.sums / smooth[:, None]
+        self.table.copy_(F.normalize(table, dim=1) if self.config.normalize else table)
 
     @torch.no_grad()
     def place(self, codes: Int[Tensor, "m"], vectors: Float[Tensor, "m d"]) -> None:
@@ -175,20 +234,86 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def start(self, points: Tensor, generator: torch.Generator) -> None:
         """Put all codes at points (N, D) of the data, by `init`. Every rank must see the same points and generator."""
+        points = points.cpu()  # a GPU has no deterministic running sum
         if self.config.init == "kmeans++":
             vectors = kmeans_plus_plus(points, self.config.num_codes, generator)
         else:
             order = torch.randperm(len(points), generator=generator)[: self.config.num_codes]
             vectors = points[order.repeat(-(-self.config.num_codes // len(order)))[: self.config.num_codes]]
-        self.place(torch.arange(self.config.num_codes, device=points.device), vectors)
-        self.started.fill_(True)
+        self.place(torch.arange(self.config.num_codes, device=self.table.device), vectors.to(self.table.device))
+        self.placed.fill_(True)
+
+
+def rotated(rows: Float[Tensor, "n d"], codes: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows z, turned and scaled to their codes q: eq. 4 and 5 of arXiv:2410.06424. The turn and the scale are constants
+    for the gradient, which is therefore turned and scaled back on its way to z.
+
+    The turn is two reflections, I - 2 r r' + 2 q z', with z, q of unit length and r along their sum. Where one of them
+    has no direction, or they are opposite, the gradient is copied.
+    """
+    constant = rows.detach()
+    lengths, code_lengths = constant.norm(dim=1, keepdim=True), codes.norm(dim=1, keepdim=True)
+    z, q = constant / lengths.clamp_min(_TINY), codes / code_lengths.clamp_min(_TINY)
+    middle = z + q
+    middle_lengths = middle.norm(dim=1, keepdim=True)
+    r = middle / middle_lengths.clamp_min(_TINY)
+    along_r, along_z = (rows * r).sum(dim=1, keepdim=True), (rows * z).sum(dim=1, keepdim=True)
+    turned = (rows - 2 * along_r * r + 2 * along_z * q) * (code_lengths / lengths.clamp_min(_TINY))
+    defined = (lengths > _TINY) & (code_lengths > _TINY) & (middle_lengths > 1e-6)
+    return torch.where(defined, turned, rows)
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """FSQ (arXiv:2309.15505): each channel is bounded and rounded to one of its levels. Nothing is learned.
+
+    A code has its values in [-1, 1]; its token counts through them, the first channel fastest.
+    """
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__(config)
+        levels = torch.tensor(config.levels, dtype=torch.get_default_dtype())
+        steps = torch.tensor([math.prod(config.levels[:channel]) for channel in range(len(config.levels))])
+        self._levels = nn.Buffer(levels, persistent=False)
+        self._steps = nn.Buffer(steps, persistent=False)
+
+    @property
+    def started(self) -> bool:
+        return True
+
+    def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
+        with torch.autocast(latents.device.type, enabled=False):
+            batch, dim, height, width = latents.shape
+            rows = at_least_fp32(latents).permute(0, 2, 3, 1).reshape(-1, dim)
+            bounded = self._bounded(rows)
+            digits = bounded.detach().round() + (self._levels // 2).to(rows.dtype)
+            tokens = (digits.to(torch.int64) * self._steps).sum(dim=1)
+            codes = self._values(digits)
+            if rows.requires_grad:
+                scaled = bounded / (self._levels // 2).to(rows.dtype)
+                codes = codes + (scaled - scaled.detach())
+            passed = codes.view(batch, height, width, dim).permute(0, 3, 1, 2)
+            none = rows.new_zeros(())
+            return Quantized(passed, tokens.view(batch, height, width), rows.detach(), none, none)
+
+    def _bounded(self, rows: Tensor) -> Tensor:
+        """Section 3.1: values whose rounding gives as many whole numbers as there are levels, around 0. An even number
+        of them is not symmetric, so the bound is moved by half a step, and its argument such that 0 stays at 0."""
+        half = (self._levels - 1) * (1 + _MARGIN) / 2
+        offset = torch.where(self._levels % 2 == 0, 0.5, 0.0).to(half.dtype)
+        shift = (offset / half).atanh()
+        half, offset, shift = (value.to(rows.dtype) for value in (half, offset, shift))
+        return (rows + shift).tanh() * half - offset
+
+    def _values(self, digits: Tensor) -> Tensor:
+        half = (self._levels // 2).to(digits.dtype)
+        return (digits - half) / half
+
+    def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+        self._check(tokens)
+        digits = tokens[..., None] // self._steps % self._levels.to(torch.int64)
+        return self._values(digits.to(self._levels.dtype)).permute(0, 3, 1, 2)
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """fp32 of a half-precision tensor, any other as it is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _rows(latents: Tensor) -> Tensor:
-    """(B, D, H, W) to (B*H*W, D)."""
-    return latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])

@@ -1,87 +1,42 @@
 """One training loop for all models. It counts steps, not epochs, and knows no Ray: only a small `Worker`."""
 
-import math
+import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from vqvae_core.checkpoint import History, TrainingState, collect_tensors, restore_tensors, save_state
+from vqvae_core.checkpoint import History, TrainingState, collect_tensors, restore_tensors
+from vqvae_core.gradients import FlatGradients
+from vqvae_core.order import mix
 from vqvae_core.quantizer import at_least_fp32
-from vqvae_core.stream import Stream, StreamConfig, mix
-
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(StreamConfig):
-    """The schedule of a training run, on top of its order of samples. All of it belongs to the recipe."""
-
-    steps: int = 250_000
-    """Optimizer steps."""
-    learning_rate: float = 2e-4
-    """Of Adam, at its highest."""
-    beta2: float = 0.999
-    """Of Adam; beta1 is 0.9."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or half a cosine down to 0."""
-    precision: Precision = "auto"
-    """Of convolutions; the quantizer is always fp32. auto: bf16 where the hardware gains from it. Becomes part of the
-    recipe as what it resolves to."""
-    log_every: int = 20
-    """Steps that a point of the curves is the mean of."""
-    validate_every: int = 5000
-    """Steps between two validations on a fixed set."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("steps", "log_every", "validate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be a number above 0, was {self.learning_rate}")
-        if not 0 < self.beta2 < 1:
-            raise ValueError(f"beta2 must lie between 0 and 1, was {self.beta2}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be 0 or more, was {self.warmup_steps}")
-
-
-def best_precision(device: str) -> Precision:
-    """bf16 where the device has units for it: any GPU from Ampere on, CPUs with AMX or AVX512-BF16.
-
-    Elsewhere bf16 convolutions are emulated and several times slower than fp32. ONEDNN_MAX_CPU_ISA is honoured.
-    """
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if limit not in ("ALL", "DEFAULT") and not limit.endswith(("BF16", "AMX", "FP16", "AVX10_1_512", "AVX10_1")):
-        return "fp32"
-    features = _cpu_features()
-    return "bf16" if {"amx_bf16", "avx512_bf16"} & features else "fp32"
-
-
-def _cpu_features() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+from vqvae_core.train_config import TrainConfig, learning_rate
+from vqvae_core.weight_average import WeightAverage
 
 
 class NonFiniteLossError(ArithmeticError):
     """Training stopped because a number was no longer finite. The last checkpoint is good."""
 
 
+class StoppedError(RuntimeError):
+    """Training was asked to stop, and did so after a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a piece of a batch stands: the number of its first sample in the global batch of so many samples."""
+
+    first: int
+    batch_size: int
+
+
 @dataclass(frozen=True)
 class StepOutput:
-    """loss: a scalar, the mean over this rank's samples. metrics: scalars, likewise. statistics: tensors that are
-    summed over ranks together with the gradients and handed to `Trainable.after_step`."""
+    """loss: a scalar, the mean over the piece's samples. metrics: scalars, likewise. statistics: tensors that are
+    summed over pieces and ranks, and handed to `Trainable.after_step`."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -94,17 +49,36 @@ class Trainable(Protocol):
 
     model: Any
 
-    def before_training(self, batch: Any, worker: "Worker") -> None:
-        """Called once, at step 0, with the first batch: data-dependent starts."""
+    def before_training(self, pieces: Sequence[tuple[Any, Piece]], worker: "Worker") -> None:
+        """Called once, at step 0, with the rank's part of the first batch: data-dependent starts."""
         ...
 
-    def step(self, batch: Any, step: int) -> StepOutput: ...
+    def step(self, batch: Any, piece: Piece, step: int) -> StepOutput: ...
 
     def after_step(self, statistics: list[Tensor], step: int, optimizer: torch.optim.Optimizer) -> None:
         """Called after the optimizer's step, with the statistics summed over all ranks."""
         ...
 
+    def figures(self, since: int, done: int) -> dict[str, float]:
+        """What a point of the curves holds beside the means of its steps, `since` + 1 to `done`."""
+        ...
+
     def validate(self) -> dict[str, float]: ...
+
+    def pictures(self) -> dict[str, bytes]:
+        """PNG files by name: what to look at after a validation."""
+        ...
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        """How bad a validation was: the weights with the lowest score are the best."""
+        ...
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """A rank's part of each global batch, by step. A batch is a tensor, or a tuple of them, with samples in front."""
+
+    def batches(self, start: int, stop: int) -> Iterator[Any]: ...
 
 
 def _keep(_: Tensor) -> None:
@@ -115,18 +89,27 @@ def _keep(_: Tensor) -> None:
 class Worker:
     """Where a training loop runs: one of `world_size` ranks, and the way out for what it reports.
 
-    all_reduce: sums a tensor over ranks, in place. log(step, metrics): rank 0's curves. save(step, metrics, write):
-    called by every rank at a checkpoint; write(folder) writes the state and is None on ranks other than 0. A checkpoint
-    falls on the first logged step from `checkpoint_every` steps after the last on, so that no curve is cut.
+    micro_batch: samples that the device takes at once; more are taken one part after the other; None: all.
+    all_reduce: sums a tensor over ranks, in place. log(step, metrics), show(step, pictures) and save(state, step of the
+    best state) are called on rank 0; save may go on in the background until flush(). load(step): a saved state. warn(line): to whoever
+    watches. asked(), on rank 0 after each step: whether to save now, or to save and stop with `StoppedError`.
+    compile: where the device gains from it.
     """
 
     rank: int = 0
     world_size: int = 1
     device: str = "cpu"
     checkpoint_every: int = 1000
+    micro_batch: int | None = None
+    compile: bool = False
     all_reduce: Callable[[Tensor], None] = _keep
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
-    save: Callable[[int, dict[str, float], Callable[[Path], None] | None], None] = lambda step, metrics, write: None
+    show: Callable[[int, dict[str, bytes]], None] = lambda step, pictures: None
+    warn: Callable[[str], None] = print
+    save: Callable[[TrainingState, int | None], None] = lambda state, best_step: None
+    flush: Callable[[], None] = lambda: None
+    load: Callable[[int], TrainingState | None] = lambda step: None
+    asked: Callable[[], Literal["", "save", "stop"]] = lambda: ""
 
 
 def to_device(model: nn.Module, device: str) -> None:
@@ -135,18 +118,43 @@ def to_device(model: nn.Module, device: str) -> None:
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The learning rate of a step: linear warm-up, then constant or half a cosine."""
-    warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    progress = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    decay = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1.0
-    return config.learning_rate * warm * decay
+@dataclass
+class _Curves:
+    """What was measured so far. pending: the metrics of each step since the last point."""
+
+    history: History = field(default_factory=list)
+    pending: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def last_point(self) -> int:
+        return int(self.history[-1]["step"]) if self.history else 0
+
+    def check_finite(self, done: int, saved: int) -> None:
+        for step, point in enumerate(self.pending, done - len(self.pending) + 1):
+            for name, value in point.items():
+                if not torch.isfinite(value):
+                    kept = f"the checkpoint of step {saved} is good and kept" if saved else "there is no checkpoint yet"
+                    raise NonFiniteLossError(
+                        f"expected finite numbers, found {name} = {float(value)} in step {step}; "
+                        f"lower the learning rate, set a max_gradient_norm or run in fp32; {kept}"
+                    )
+
+    def means(self) -> dict[str, float]:
+        """In double precision, so that metrics that came out of a state count as those that did not."""
+        count = len(self.pending)
+        return {name: sum(float(point[name]) for point in self.pending) / count for name in self.pending[0]}
+
+
+
+def best_step(history: History, task: Trainable) -> int | None:
+    """The step of the validation with the lowest score, the first of equals; None where there was none."""
+    points = [point for point in history if any(name.startswith("validation_") for name in point)]
+    return int(min(points, key=task.score)["step"]) if points else None
 
 
 def train(
     task: Trainable,
-    stream: Stream,
-    collate: Callable[[list], Any],
+    batches: Batches,
     config: TrainConfig,
     worker: Worker,
     identity: str,
@@ -156,93 +164,152 @@ def train(
 
     Random numbers are a function of (seed, step, rank), the order of samples of (seed, step): a state needs neither.
     Gradients and statistics go through one flat sum in a fixed order, in the first step after a restart as in any
-    other. Raises `NonFiniteLossError` where a loss or gradient is not finite.
+    other. States are saved every `checkpoint_every` steps, where a validation is the best so far, and at the end.
+    Raises `NonFiniteLossError` where a loss or gradient is not finite, `StoppedError` where it was asked to stop.
     """
-    model = task.model
-    optimizer = make_optimizer(model, config, worker.device)
-    start, history, saved = 0, [], 0
-    if resume is not None:
-        restore_tensors(model, optimizer, resume.tensors)
-        start, history, saved = resume.step, list(resume.history), resume.step
-    window: list[dict[str, Tensor]] = []
-    for step, batch in enumerate(stream.batches(start, config.steps, collate), start):
-        torch.manual_seed(mix(config.seed, step, worker.rank) & 0x7FFFFFFFFFFFFFFF)
-        if step == 0:
-            task.before_training(batch, worker)
-        window.append(_one_step(task, batch, step, optimizer, config, worker))
-        done = step + 1
+    with _deterministic(config.deterministic, worker.device):
+        return _Loop(task, config, worker, identity).run(batches, resume)
+
+
+class _Loop:
+    def __init__(self, task: Trainable, config: TrainConfig, worker: Worker, identity: str) -> None:
+        self._task, self._config, self._worker, self._identity = task, config, worker, identity
+        self._optimizer = make_optimizer(task.model, config, worker.device)
+        self._parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        self._gradients = FlatGradients(self._parameters)
+        self._average = WeightAverage(task.model, config.ema_decay) if config.ema_decay else None
+        self._curves = _Curves()
+        self._saved = 0
+        self._best: int | None = None
+
+    def run(self, batches: Batches, resume: TrainingState | None) -> History:
+        start = self._restore(resume) if resume is not None else 0
+        config, worker = self._config, self._worker
+        with contextlib.closing(batches.batches(start, config.steps)) as waiting:  # type: ignore[type-var]
+            for step, batch in enumerate(waiting, start):
+                torch.manual_seed(mix(config.seed, step, worker.rank) & 0x7FFFFFFFFFFFFFFF)
+                pieces = _pieces(batch, config.batch_size, worker)
+                if step == 0:
+                    self._task.before_training(pieces, worker)
+                self._curves.pending.append(self._step(pieces, step))
+                self._after(step + 1)
+        worker.flush()
+        return self._curves.history
+
+    def _restore(self, state: TrainingState) -> int:
+        restore_tensors(self._task.model, self._optimizer, state.tensors)
+        if self._average is not None:
+            self._average.restore(state.tensors)
+        self._curves.history = list(state.history)
+        self._curves.pending = [
+            {name: torch.tensor(value, dtype=torch.float64) for name, value in point.items()} for point in state.pending
+        ]
+        self._saved, self._best = state.step, self._best_step(curves.history, self._task)
+        return state.step
+
+    def _step(self, pieces: list[tuple[Any, Piece]], step: int) -> dict[str, Tensor]:
+        """One step of the optimizer: the metrics, means over the global batch."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._config, step)
+        sums: list[Tensor] = []
+        names: list[str] = []
+        for number, (part, piece) in enumerate(pieces):
+            output = self._task.step(part, piece, step)
+            names = list(output.metrics)
+            metrics = [at_least_fp32(value.detach()) / len(pieces) for value in output.metrics.values()]
+            found = [*metrics, *output.statistics]
+            if number == 0:
+                self._gradients.clear(sum(value.numel() for value in found))
+            sums = found if number == 0 else [one + other for one, other in zip(sums, found, strict=True)]
+            (output.loss / len(pieces)).backward()
+        sums = self._gradients.reduce(self._worker.all_reduce, self._worker.world_size, sums)
+        metrics = {
+            name: value / self._worker.world_size for name, value in zip(names, sums[: len(names)], strict=True)
+        }
+        metrics["gradient_norm"] = norm = self._gradients.norm()
+        if self._config.max_gradient_norm is not None:
+            self._gradients.clip(norm, self._config.max_gradient_norm)
+        self._optimizer.step()
+        self._task.after_step(sums[len(names) :], step, self._optimizer)
+        if self._average is not None:
+            self._average.update(step)
+        return metrics
+
+    def _after(self, done: int) -> None:
+        config, worker, curves = self._config, self._worker, self._curves
         validates = done % config.validate_every == 0 or done == config.steps
-        if not (done % config.log_every == 0 or validates):
-            continue
-        _check_finite(window, done)
-        metrics = {name: float(torch.stack([point[name] for point in window]).mean()) for name in window[0]}
-        window.clear()
-        if validates and worker.rank == 0:
-            metrics |= task.validate()
-        history.append({"step": done, **metrics})
-        worker.log(done, metrics)
-        if done - saved >= worker.checkpoint_every or done == config.steps:
-            saved = done
-            state = TrainingState(
-                step=done, identity=identity, tensors=collect_tensors(model, optimizer), history=list(history)
-            )
-            write = (lambda folder, state=state: save_state(folder, state)) if worker.rank == 0 else None
-            worker.save(done, history[-1], write)
-    return history
+        if validates or done % config.log_every == 0:
+            curves.check_finite(done, self._saved)
+            point = {"step": done, **curves.means(), **self._task.figures(curves.last_point, done)}
+            curves.pending.clear()
+            if validates and worker.rank == 0:
+                point |= self._validate(done)
+            curves.history.append(point)
+            if worker.rank == 0:
+                worker.log(done, {name: value for name, value in point.items() if name != "step"})
+                self._best = best_step(curves.history, self._task) if validates else self._best
+        if worker.rank != 0:
+            return
+        asked = worker.asked()
+        if done - self._saved >= worker.checkpoint_every or done in (config.steps, self._best) or asked:
+            curves.check_finite(done, self._saved)
+            worker.save(self._state(done), self._best)
+            self._saved = done
+        if asked == "stop" and done < config.steps:
+            worker.flush()
+            raise StoppedError(f"training was asked to stop and did so at step {done}, after a checkpoint")
+
+    def _validate(self, done: int) -> dict[str, float]:
+        with self._average.applied() if self._average is not None else contextlib.nullcontext():
+            metrics = self._task.validate()
+            self._worker.show(done, self._task.pictures())
+        return metrics
+
+    def _state(self, done: int) -> TrainingState:
+        tensors = collect_tensors(self._task.model, self._optimizer)
+        if self._average is not None:
+            tensors |= self._average.tensors()
+        pending = [{name: float(value) for name, value in point.items()} for point in self._curves.pending]
+        return TrainingState(
+            step=done, identity=self._identity, tensors=tensors, history=list(self._curves.history), pending=pending
+        )
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: str) -> torch.optim.Adam:
+    """Adam over what is trained, fused where there is a kernel for it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fused = device in ("cpu", "cuda")
+    fused = torch.device(device).type in ("cpu", "cuda")
     return torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, config.beta2), fused=fused)
 
 
-def _one_step(
-    task: Trainable, batch: Any, step: int, optimizer: torch.optim.Optimizer, config: TrainConfig, worker: Worker
-) -> dict[str, Tensor]:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, step)
-    output = task.step(batch, step)
-    optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    metrics = {name: at_least_fp32(value.detach()) for name, value in output.metrics.items()}
-    statistics = output.statistics
-    if worker.world_size > 1:
-        gradients = [_gradient(parameter) for parameter in parameters]
-        flat = torch.cat([part.reshape(-1) for part in (*gradients, *metrics.values(), *statistics)])
-        worker.all_reduce(flat)
-        parts = _split(flat, [*gradients, *metrics.values(), *statistics])
-        for parameter, part in zip(parameters, parts[: len(parameters)], strict=True):
-            parameter.grad = (part / worker.world_size).contiguous(memory_format=_memory_format(parameter))
-        reduced = parts[len(parameters) : len(parameters) + len(metrics)]
-        metrics = {name: part / worker.world_size for name, part in zip(metrics, reduced, strict=True)}
-        statistics = parts[len(parameters) + len(metrics) :]
-    metrics["gradient_norm"] = torch.nn.utils.get_total_norm([_gradient(parameter) for parameter in parameters])
-    optimizer.step()
-    task.after_step(statistics, step, optimizer)
-    return metrics
+def _pieces(batch: Any, batch_size: int, worker: Worker) -> list[tuple[Any, Piece]]:
+    """A rank's batch in equal pieces of at most `micro_batch` samples: as few as there can be."""
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    share = len(parts[0])
+    limit = min(worker.micro_batch or share, share)
+    count = next(number for number in range(-(-share // limit), share + 1) if share % number == 0)
+    size = share // count
+    cut = [
+        tuple(part[start : start + size] for part in parts) if isinstance(batch, tuple) else batch[start : start + size]
+        for start in range(0, share, size)
+    ]
+    return [(part, Piece(worker.rank * share + number * size, batch_size)) for number, part in enumerate(cut)]
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _split(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = flat.split([part.numel() for part in like])
-    return [part.view(shape.shape) for part, shape in zip(parts, like, strict=True)]
-
-
-def _check_finite(window: list[dict[str, Tensor]], done: int) -> None:
-    for step, point in enumerate(window, done - len(window) + 1):
-        for name, value in point.items():
-            if not torch.isfinite(value):
-                raise NonFiniteLossError(
-                    f"expected finite numbers, found {name} = {float(value)} in step {step}; "
-                    "lower the learning rate or run in fp32; the last checkpoint is kept"
-                )
+@contextlib.contextmanager
+def _deterministic(wanted: bool, device: str) -> Iterator[None]:
+    """Only kernels that give the same bits each time; an operation that has none raises."""
+    if not wanted:
+        yield
+        return
+    if torch.device(device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for forgotten values, at the cost of a pass
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]

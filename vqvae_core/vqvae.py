@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from vqvae_core.images import images_to_pixels, pixels_to_images
 from vqvae_core.likelihood import gaussian_nll_nats
-from vqvae_core.quantizer import Quantized, QuantizerConfig, VectorQuantizer
+from vqvae_core.quantizer import Quantized, QuantizerConfig, make_quantizer
 from vqvae_core.shapes import Float, Int, UInt8
 
 STRIDE = 4  # two convolutions of stride 2
@@ -100,11 +100,9 @@ def _blocks(config: VQVAEConfig) -> list[ResidualBlock]:
 
 @dataclass(frozen=True)
 class VQVAEOutput:
-    """mean: (B, 3, H, W); latents: z_e; quantized: codes, tokens and their two losses; the loss and its parts in nats
-    an image."""
+    """mean: (B, 3, H, W); quantized: codes, tokens and their two losses; the loss and its parts in nats an image."""
 
     mean: Tensor
-    latents: Tensor
     quantized: Quantized
     nll_nats: Tensor
     loss_nats: Tensor
@@ -117,7 +115,7 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(config.quantizer)
+        self.quantizer = make_quantizer(config.quantizer)
         self.decoder = Decoder(config)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> VQVAEOutput:
@@ -125,27 +123,26 @@ class VQVAE(nn.Module):
         squared distance, each summed over D and averaged over the latents; then the mean over images.
 
         The second term moves the table only and the third the encoder only. With moving averages the second is not
-        part of the loss.
+        part of the loss; with levels (FSQ) both are 0.
         """
-        latents = self.encoder(images)
-        quantized = self.quantizer(latents)
+        quantized = self.quantizer(self.encoder(images))
         mean = self.decoder(quantized.codes)
         nll = gaussian_nll_nats(mean, images, self.config.sigma).mean()
         loss = nll + self.config.commitment_cost * quantized.commitment
         if self.config.quantizer.learn_by == "loss":
             loss = loss + quantized.table_loss
-        return VQVAEOutput(mean, latents, quantized, nll, loss)
+        return VQVAEOutput(mean, quantized, nll, loss)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of the images that it takes."""
+        return self.encoder.conv_in.weight.dtype
 
     def encode(self, pixels: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b h4 w4"]:
         """Tokens (B, H/4, W/4) of pixels, uint8 (B, H, W, 3)."""
-        return self.quantizer(
-            self.encoder(_channels_last(pixels_to_images(pixels).to(self.quantizer.table.dtype)))
-        ).tokens
+        images = pixels_to_images(pixels).to(self.dtype)
+        return self.quantizer(self.encoder(images.contiguous(memory_format=torch.channels_last))).tokens
 
     def decode(self, tokens: Int[Tensor, "b h4 w4"]) -> UInt8[Tensor, "b h w 3"]:
         """Pixels, uint8 (B, H, W, 3), of tokens (B, H/4, W/4)."""
         return images_to_pixels(self.decoder(self.quantizer.lookup(tokens)))
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)

@@ -1,38 +1,44 @@
 """What the training loop needs to know of a VQ-VAE: its loss, its table's statistics, its validation."""
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from vqvae_core.image_shards import Sample
-from vqvae_core.images import images_to_pixels, pixels_to_images
+from vqvae_core.images import grid, images_to_pixels, pixels_to_images
 from vqvae_core.metrics import PooledPSNR, perplexity, usage
-from vqvae_core.quantizer import at_least_fp32
-from vqvae_core.stream import mix
-from vqvae_core.train import Precision, StepOutput, Worker, to_device
+from vqvae_core.order import mix
+from vqvae_core.quantizer import VectorQuantizer
+from vqvae_core.train import Piece, StepOutput, Worker, to_device
+from vqvae_core.train_config import Precision
 from vqvae_core.vqvae import VQVAE
 
 _START_POINTS_PER_CODE = 16
-
-
-def collate_pixels(samples: Sequence[Sample]) -> Tensor:
-    """Pixels, uint8 (B, H, W, 3), of samples of one size."""
-    return torch.from_numpy(np.stack([sample.pixels() for sample in samples]))
+_PICTURES, _COLUMNS = 16, 8
 
 
 class VQVAETraining:
-    """The `Trainable` of a VQ-VAE. validation: uint8 (N, H, W, 3), a fixed set."""
+    """The `Trainable` of a VQ-VAE. steps: of the whole run, and of an epoch. validation: uint8 (N, H, W, 3), fixed."""
 
     def __init__(
-        self, model: VQVAE, *, steps: int, seed: int, precision: Precision, worker: Worker, validation: Tensor
+        self,
+        model: VQVAE,
+        *,
+        steps: int,
+        steps_per_epoch: int,
+        seed: int,
+        precision: Precision,
+        worker: Worker,
+        validation: Tensor,
     ) -> None:
         to_device(model, worker.device)
         self.model = model
+        self._forward: nn.Module = torch.compile(model) if worker.compile else model  # pyright: ignore[reportAttributeAccessIssue]
         self._precision: Precision = precision
-        self._steps, self._seed, self._worker = steps, seed, worker
+        self._steps, self._steps_per_epoch, self._seed, self._worker = steps, steps_per_epoch, seed, worker
         self._validation = validation
 
     def _autocast(self) -> torch.autocast:
@@ -40,47 +46,39 @@ class VQVAETraining:
         return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16")
 
     def _images(self, pixels: Tensor) -> Tensor:
-        images = pixels_to_images(pixels.to(self._worker.device)).to(self.model.quantizer.table.dtype)
+        images = pixels_to_images(pixels.to(self._worker.device)).to(self.model.dtype)
         return images.contiguous(memory_format=torch.channels_last)
 
-    def before_training(self, batch: Tensor, worker: Worker) -> None:
+    def before_training(self, pieces: Sequence[tuple[Tensor, Piece]], worker: Worker) -> None:
         """Put the codes at latents of the first global batch."""
-        if bool(self.model.quantizer.started):
+        quantizer = self.model.quantizer
+        if quantizer.started or not isinstance(quantizer, VectorQuantizer):
             return
-        with torch.no_grad(), self._autocast():
-            latents = at_least_fp32(self.model.encoder(self._images(batch)))
-        count = _START_POINTS_PER_CODE * self.model.config.quantizer.num_codes
-        points = self._drawn(latents, count, mix(self._seed, 1))
-        worker.all_reduce(points)
-        self.model.quantizer.start(points, torch.Generator().manual_seed(self._seed))
-
-    def _drawn(self, latents: Tensor, count: int, seed: int) -> Tensor:
-        """Up to `count` different latents (M, D) of the global batch, drawn by the seed.
-
-        Each stands in the result of the rank that has it and is zero in the others, so that the sum over ranks is the
-        same for any number of ranks.
-        """
-        rows = latents.detach().permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
-        total = len(rows) * self._worker.world_size
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed & (2**63 - 1)))[:count]
-        local = chosen.to(rows.device) - len(rows) * self._worker.rank
-        mine = (local >= 0) & (local < len(rows))
-        return rows[local.clamp(0, len(rows) - 1)] * mine[:, None]
+        count = _START_POINTS_PER_CODE * quantizer.config.num_codes
+        total: Tensor | None = None
+        for pixels, piece in pieces:
+            with torch.no_grad(), self._autocast():
+                rows = quantizer.compared(self.model.encoder(self._images(pixels)))
+            points = _drawn(rows, piece, len(pixels), count, mix(self._seed, 1))
+            total = points if total is None else total + points
+        assert total is not None
+        worker.all_reduce(total)
+        quantizer.start(total, torch.Generator().manual_seed(self._seed))
 
     def _revives(self, step: int) -> bool:
         config = self.model.config.quantizer
         every = config.revive_every
         return bool(every) and (step + 1) % every == 0 and step + 1 <= config.revive_until * self._steps
 
-    def step(self, batch: Tensor, step: int) -> StepOutput:
+    def step(self, batch: Tensor, piece: Piece, step: int) -> StepOutput:
         images = self._images(batch)
         with self._autocast():
-            output = self.model(images)
+            output = self._forward(images)
         quantized = output.quantized
-        statistics = list(self.model.quantizer.statistics(output.latents, quantized.tokens))
+        statistics = self.model.quantizer.statistics(quantized)
         if self._revives(step):
             count = self.model.config.quantizer.num_codes
-            statistics.append(self._drawn(at_least_fp32(output.latents), count, mix(self._seed, 2, step)))
+            statistics.append(_drawn(quantized.rows, piece, len(batch), count, mix(self._seed, 2, step)))
         squared_error = (output.mean.detach().to(images.dtype) - images).square().mean()
         metrics = {
             "mse": squared_error,
@@ -92,16 +90,57 @@ class VQVAETraining:
 
     def after_step(self, statistics: list[Tensor], step: int, optimizer: torch.optim.Optimizer) -> None:
         quantizer = self.model.quantizer
-        quantizer.learn(statistics[0], statistics[1])
-        if len(statistics) > 2:
-            revived = quantizer.revive(statistics[2])
+        revives = self._revives(step)
+        quantizer.learn(statistics[:-1] if revives else statistics)
+        if revives and isinstance(quantizer, VectorQuantizer):
+            revived = quantizer.revive(statistics[-1])
             for value in optimizer.state.get(quantizer.table, {}).values():
                 if value.shape == quantizer.table.shape:
                     value[revived] = 0
+        if (step + 1) % self._steps_per_epoch == 0:
+            quantizer.end_epoch()
+
+    def figures(self, since: int, done: int) -> dict[str, float]:
+        """Usage and perplexity of the codes over the whole of the last epoch, in the first point after its end."""
+        if done // self._steps_per_epoch == since // self._steps_per_epoch:
+            return {}
+        counts = self.model.quantizer.last_epoch_hits.cpu()
+        return {"epoch_usage": usage(counts), "epoch_perplexity": perplexity(counts)}
 
     def validate(self) -> dict[str, float]:
         measured = evaluate(self.model, self._validation, self._precision, self._worker.device)
         return {f"validation_{name}": value for name, value in measured.items()}
+
+    def pictures(self) -> dict[str, bytes]:
+        return {"reconstructions.png": comparison(self.model, self._validation, self._precision, self._worker.device)}
+
+    def score(self, metrics: Mapping[str, float]) -> float:
+        return -metrics["validation_psnr_db"]
+
+
+def _drawn(rows: Tensor, piece: Piece, num_images: int, count: int, seed: int) -> Tensor:
+    """Up to `count` different latents (M, D) of the global batch, drawn by the seed, out of the rows of one piece.
+
+    Each stands in the result of the piece that has it and is zero in the others, so that the sum over pieces and ranks
+    is the same however the batch is cut.
+    """
+    sites = len(rows) // num_images
+    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+    chosen = torch.randperm(sites * piece.batch_size, generator=generator)[:count]
+    local = chosen.to(rows.device) - sites * piece.first
+    mine = (local >= 0) & (local < len(rows))
+    return rows[local.clamp(0, len(rows) - 1)] * mine[:, None]
+
+
+def comparison(model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu") -> bytes:
+    """A PNG of pictures out of uint8 (N, H, W, 3), in rows, each row over what the round trip makes of it."""
+    chosen = torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()
+    made, _ = reconstruct(model, pixels[chosen], precision, device)
+    pairs = zip(pixels[chosen].split(_COLUMNS), made.split(_COLUMNS), strict=True)
+    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(chosen)))
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 @torch.no_grad()

@@ -22,7 +22,8 @@ from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape, read_parquet
-from vqvae_core.train import TrainConfig, Worker
+from vqvae_core.train import Worker
+from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -69,7 +70,7 @@ def images(root: Folder) -> Artifact:
 def vqvae(root: Folder) -> Artifact:
     config = json.dumps(dataclasses.asdict(VQVAE_CONFIG)).encode()
     files = {"model.safetensors": (save_model(weights(VQVAE(VQVAE_CONFIG))), 0), "config.json": (config, 0)}
-    return artifact(root / "m", "VQVAEModel", files, {"K": 16, "precision": "fp32"})
+    return artifact(root / "m", "VQVAEModel", files, {"K": 16, "precision": "fp32", "image_size": 16})
 
 
 def tokens_of(root: Folder) -> dict[str, tuple[bytes, int]]:
@@ -118,7 +119,7 @@ def test_train_vqvae(tmp_path: Path, golden: dict) -> None:
     root = Folder.of(tmp_path)
     settings = {
         "images": images(root).folder.uri, "model": dataclasses.asdict(VQVAE_CONFIG), "out": (root / "v").uri,
-        "train": dataclasses.asdict(TRAIN), "identity": "w",
+        "train": dataclasses.asdict(TRAIN), "identity": "w", "augment": {}, "loader_workers": 0,
     }  # fmt: skip
     value = train_vqvae._loop(settings, Worker(), None)
     assert value["facts"]["psnr_db"] == pytest.approx(golden["psnr_db"], abs=0.02)

@@ -46,7 +46,7 @@ from tests.pipelines.data import (
     write_webdataset,
 )
 from vqvae_core.artifacts import hash_bytes
-from vqvae_core.images import decode
+from vqvae_core.decoding import decode
 from vqvae_core.storage import Folder
 
 

@@ -10,17 +10,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from vqvae_core import images
-from vqvae_core.images import (
-    FILE_FORMATS,
-    ImageError,
-    decode,
-    encode,
-    grid,
-    images_to_pixels,
-    pixels_to_images,
-    resize_and_crop,
-)
+from vqvae_core import decoding
+from vqvae_core.decoding import FILE_FORMATS, ImageError, decode
+from vqvae_core.images import encode, grid, images_to_pixels, pixels_to_images, resize_and_crop
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
 
@@ -108,15 +100,15 @@ def test_both_decoders_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> N
     assert None not in map(images._plain_jpeg, plain)
     assert {*map(images._plain_jpeg, others[:-1])} == {None}  # the last one is plain, and broken
     found: list[bytes] = []
-    assert images.simplejpeg is not None
-    decode_jpeg = images.simplejpeg.decode_jpeg
+    assert decoding.simplejpeg is not None
+    decode_jpeg = decoding.simplejpeg.decode_jpeg
 
     def counted(data: bytes) -> np.ndarray:
         pixels = decode_jpeg(data)
         found.append(data)
         return pixels
 
-    monkeypatch.setattr(images.simplejpeg, "decode_jpeg", counted)
+    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", counted)
     pixels = [_pixels_or_reason(data) for data in plain + others]
     assert found == plain
     assert "cannot be decoded: OSError" in _pixels_or_reason(plain[0][:-700])

@@ -1,7 +1,7 @@
 """The loop, on a local worker: resume, ranks, golden curve, overfit, and what stops it."""
 
+import dataclasses
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +10,34 @@ import numpy as np
 import pytest
 import torch
 
-from vqvae_core.checkpoint import TrainingState, load_state
+from tests.vqvae_core.shards import InMemory
+from vqvae_core.checkpoint import StateFolder, TrainingState
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
-from vqvae_core.prior_training import PriorTraining, collate_tokens
+from vqvae_core.prior_training import PriorTraining
 from vqvae_core.quantizer import QuantizerConfig
-from vqvae_core.stream import Stream
+from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape
-from vqvae_core.train import NonFiniteLossError, TrainConfig, Worker, best_precision, learning_rate, train
+from vqvae_core.train import NonFiniteLossError, StoppedError, Worker, best_step, train
+from vqvae_core.train_config import TrainConfig, best_precision, learning_rate
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining
+from vqvae_core.weight_average import load_weights
 
 GOLDEN = Path(__file__).with_name("golden_vqvae.txt")
 SCHEDULE = TrainConfig(
     steps=12, batch_size=8, num_lanes=4, shuffle_window=16, learning_rate=2e-3, log_every=3, validate_every=6,
     precision="fp32",
 )  # fmt: skip
+ROWS = [20, 28]
+TABLE = QuantizerConfig(num_codes=64, code_dim=4, revive_every=4, decay=0.9)
+QUANTIZERS = {
+    "loss": TABLE,
+    "moving_average": replace(TABLE, learn_by="moving_average"),
+    "rotation": replace(TABLE, learn_by="moving_average", gradient="rotation"),
+    "sphere": replace(TABLE, normalize=True),
+    "sphere, moving_average": replace(TABLE, normalize=True, learn_by="moving_average"),
+    "fsq": QuantizerConfig(levels=(4, 4, 4)),
+}
 
 
 def pictures(count: int = 48) -> torch.Tensor:
@@ -35,30 +48,38 @@ def pictures(count: int = 48) -> torch.Tensor:
     return (large * 255).round().to(torch.uint8).movedim(1, -1)
 
 
-def vqvae_config(learn_by: str) -> VQVAEConfig:
-    quantizer = QuantizerConfig(num_codes=64, code_dim=4, learn_by=learn_by, revive_every=4, decay=0.9)
+def vqvae_config(quantizer: str) -> VQVAEConfig:
     return VQVAEConfig(
-        hidden_channels=16, residual_channels=8, num_residual_blocks=1, commitment_cost=4.0, quantizer=quantizer
+        hidden_channels=16,
+        residual_channels=8,
+        num_residual_blocks=1,
+        commitment_cost=4.0,
+        quantizer=QUANTIZERS[quantizer],
     )
 
 
+def a_task(
+    quantizer: str, schedule: TrainConfig, worker: Worker, dtype: torch.dtype = torch.float32
+) -> tuple[VQVAETraining, InMemory]:
+    data = pictures()
+    torch.manual_seed(0)
+    batches = InMemory([data], ROWS, schedule, rank=worker.rank, world_size=worker.world_size)
+    task = VQVAETraining(
+        VQVAE(vqvae_config(quantizer)).to(dtype), steps=schedule.steps, steps_per_epoch=batches.order.steps_per_epoch,
+        seed=schedule.seed, precision="fp32", worker=worker, validation=data[:8],
+    )  # fmt: skip
+    return task, batches
+
+
 def run(
-    learn_by: str = "moving_average",
+    quantizer: str = "moving_average",
     schedule: TrainConfig = SCHEDULE,
     worker: Worker | None = None,
     resume: TrainingState | None = None,
 ) -> tuple[VQVAE, list[dict[str, float]]]:
     worker = worker or Worker()
-    data = pictures()
-    torch.manual_seed(0)
-    model = VQVAE(vqvae_config(learn_by))
-    task = VQVAETraining(
-        model, steps=schedule.steps, seed=schedule.seed, precision="fp32", worker=worker, validation=data[:8]
-    )
-    stream = Stream([("a", 20), ("b", 28)], lambda path: list(data[:20] if path == "a" else data[20:]), schedule,
-                    rank=worker.rank, world_size=worker.world_size)  # fmt: skip
-    history = train(task, stream, torch.stack, schedule, worker, "run", resume)
-    return model, history
+    task, batches = a_task(quantizer, schedule, worker)
+    return task.model, train(task, batches, schedule, worker, "run", resume)
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -66,31 +87,39 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.parametrize("learn_by", ["loss", "moving_average"])
-def test_resume_equals_no_interruption(tmp_path: Path, learn_by: str) -> None:
-    saved: dict[int, Path] = {}
+RESUMED = {
+    **{name: (name, SCHEDULE) for name in QUANTIZERS},
+    "average": ("moving_average", replace(SCHEDULE, ema_decay=0.9)),
+    "clipped": ("loss", replace(SCHEDULE, max_gradient_norm=0.1, warmup_steps=5, schedule="cosine")),
+}
 
-    def save(step: int, metrics: dict[str, float], write: Callable[[Path], None]) -> None:
-        saved[step] = tmp_path / str(step)
-        write(saved[step])
 
-    whole, history = run(learn_by, worker=Worker(checkpoint_every=3, save=save))
-    assert sorted(saved) == [3, 6, 9, 12]
-    for step, path in saved.items():
-        resumed, resumed_history = run(learn_by, resume=load_state(path, "run"))
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_equals_no_interruption(tmp_path: Path, case: str) -> None:
+    """After any step: weights, table, statistics, average and curves, bit for bit."""
+    quantizer, schedule = RESUMED[case]
+    states: dict[int, TrainingState] = {}
+    worker = Worker(checkpoint_every=1, save=lambda state, best: states.update({state.step: state}))
+    whole, history = run(quantizer, schedule, worker)
+    assert sorted(states) == list(range(1, 13))
+    folder = StateFolder(Folder.of(tmp_path), "run")
+    for step in (1, 2, 5, 6, 7, 12):
+        folder.write(states[step])
+        last: list[TrainingState] = []
+        worker = Worker(checkpoint_every=99, save=lambda state, best: last.append(state))
+        resumed, resumed_history = run(quantizer, schedule, worker, folder.load(step))
         assert same(whole, resumed), f"weights differ after a resume at step {step}"
         assert resumed_history == history
+        for name, tensor in states[12].tensors.items():
+            assert step == 12 or torch.equal(tensor, last[-1].tensors[name]), name
 
 
-def run_ranks(world_size: int, learn_by: str) -> list[VQVAE]:
-    """The same training on ranks that are threads, with a sum over them in a fixed order. In float64."""
+def run_ranks(
+    world_size: int, quantizer: str, schedule: TrainConfig, dtype: torch.dtype, resume: TrainingState | None = None
+) -> list[VQVAE]:
+    """The same training on ranks that are threads, with a sum over them in a fixed order."""
     barrier = threading.Barrier(world_size, timeout=60)
     parts: list[torch.Tensor] = [torch.empty(0)] * world_size
-    models = []
-    for _ in range(world_size):
-        torch.manual_seed(0)
-        models.append(VQVAE(vqvae_config(learn_by)).double())
-    data = pictures()
 
     def all_reduce(rank: int, tensor: torch.Tensor) -> None:
         parts[rank] = tensor.clone()
@@ -99,29 +128,52 @@ def run_ranks(world_size: int, learn_by: str) -> list[VQVAE]:
         barrier.wait()
         tensor.copy_(total)
 
+    tasks = []
+    for rank in range(world_size):
+        worker = Worker(rank=rank, world_size=world_size, all_reduce=lambda tensor, rank=rank: all_reduce(rank, tensor))
+        tasks.append((*a_task(quantizer, schedule, worker, dtype), worker))
+
     def work(rank: int) -> None:
-        worker = Worker(rank=rank, world_size=world_size, all_reduce=lambda tensor: all_reduce(rank, tensor))
-        task = VQVAETraining(
-            models[rank], steps=SCHEDULE.steps, seed=0, precision="fp32", worker=worker, validation=data[:8]
-        )
-        stream = Stream([("a", 20), ("b", 28)], lambda path: list(data[:20] if path == "a" else data[20:]), SCHEDULE,
-                        rank=rank, world_size=world_size)  # fmt: skip
-        train(task, stream, torch.stack, SCHEDULE, worker, "run")
+        task, batches, worker = tasks[rank]
+        train(task, batches, schedule, worker, "run", resume)
 
     with ThreadPoolExecutor(world_size) as pool:
         list(pool.map(work, range(world_size)))
-    return models
+    return [task.model for task, _, _ in tasks]
 
 
-@pytest.mark.parametrize("learn_by", ["loss", "moving_average"])
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_many_ranks_equal_one(learn_by: str, world_size: int) -> None:
-    """Weights, table and statistics, with a k-means++ start and revivals: only the order of sums differs."""
-    (one,) = run_ranks(1, learn_by)
-    assert bool(one.quantizer.started)
-    for model in run_ranks(world_size, learn_by):
-        for name, value in model.state_dict().items():
-            torch.testing.assert_close(value, one.state_dict()[name], rtol=1e-7, atol=1e-10, msg=name)
+def furthest(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """The largest distance of a tensor of two models, relative to the tensor's length."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max(
+        float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) for a, b in pairs if a.numel()
+    )
+
+
+FIFTY = replace(SCHEDULE, steps=50, log_every=50, validate_every=50, learning_rate=2e-4)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-3)], ids=["fp64", "fp32"])
+def test_many_ranks_equal_one(quantizer: str, dtype: torch.dtype, limit: float) -> None:
+    """After 50 steps, with a k-means++ start and revivals: only the order of sums differs."""
+    (one,) = run_ranks(1, quantizer, FIFTY, dtype)
+    assert one.quantizer.started
+    for world_size in (2, 4):
+        many = run_ranks(world_size, quantizer, FIFTY, dtype)
+        assert all(same(many[0], model) for model in many[1:])
+        assert furthest(one, many[0]) < limit
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_pieces_of_a_batch_equal_the_whole(quantizer: str) -> None:
+    """Gradient accumulation, on one rank and on two, where 3 does not divide the share."""
+    (one,) = run_ranks(1, quantizer, FIFTY, torch.float64)
+    for micro_batch in (1, 3, 4):
+        worker = Worker(micro_batch=micro_batch)
+        task, batches = a_task(quantizer, FIFTY, worker, torch.float64)
+        train(task, batches, FIFTY, worker, "run")
+        assert furthest(one, task.model) < 1e-10
 
 
 def test_golden_curve() -> None:
@@ -138,25 +190,25 @@ def test_golden_curve() -> None:
         )
 
 
-@pytest.mark.parametrize("learn_by", ["loss", "moving_average"])
-def test_a_vqvae_overfits_a_few_pictures(learn_by: str) -> None:
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_vqvae_overfits_a_few_pictures(quantizer: str) -> None:
     schedule = replace(SCHEDULE, steps=400, learning_rate=1e-2, log_every=50, validate_every=400)
-    _, history = run(learn_by, schedule)
+    _, history = run(quantizer, schedule)
     assert history[-1]["mse"] < 0.25 * history[0]["mse"]
 
 
 def test_a_prior_overfits_a_few_grids() -> None:
     """Two grids told apart by their label: 0 bits remain, and not before the label is used."""
-    grids = np.random.default_rng(0).integers(0, 8, (2, 3, 5))
-    items = [(grids[number % 2], number % 2) for number in range(16)]
+    grids = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (2, 3, 5, 1)))
+    labels = torch.arange(16) % 2
     torch.manual_seed(0)
     config = PixelCNNConfig(channels=16, num_layers=2, first_kernel_size=3, head_channels=16)
     model = PixelCNN(config, TokenShape(height=3, width=5, num_groups=1, num_codes=8), 2)
     schedule = replace(SCHEDULE, steps=150, learning_rate=1e-2, log_every=50)
-    validation = collate_tokens(items[:2])
+    validation = grids[..., 0], labels[:2]
     task = PriorTraining(model, precision="fp32", worker=Worker(), validation=validation)
-    stream = Stream([("a", 16)], lambda path: items, schedule)
-    history = train(task, stream, collate_tokens, schedule, Worker(), "run")
+    batches = InMemory([grids[labels], labels], [16], schedule)
+    history = train(task, batches, schedule, Worker(), "run")
     assert history[-1]["validation_bits_per_token"] < 0.1
     swapped = (validation[0], validation[1].flip(0))
     task = PriorTraining(model, precision="fp32", worker=Worker(), validation=swapped)
@@ -165,8 +217,174 @@ def test_a_prior_overfits_a_few_grids() -> None:
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     schedule = replace(SCHEDULE, learning_rate=1e18, steps=30)
-    with pytest.raises(NonFiniteLossError, match=r"expected finite numbers, found \w+ = (nan|inf) in step \d+; lower"):
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"expected finite numbers, found \w+ = (nan|inf) in step \d+; lower .*; there is no checkpoint yet",
+    ):
         run(schedule=schedule)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image that is not finite in step 8, between two points: what is saved is from before it."""
+    saved: list[TrainingState] = []
+    worker = Worker(checkpoint_every=2, save=lambda state, best: saved.append(state))
+    whole = VQVAETraining._images
+    calls = []
+
+    def poisoned(self: VQVAETraining, pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        images = whole(self, pixels)
+        return images * float("nan") if len(calls) == 9 else images  # one call is for the start of the table
+
+    monkeypatch.setattr(VQVAETraining, "_images", poisoned)
+    with pytest.raises(NonFiniteLossError, match=r"found \w+ = nan in step 8; .*; the checkpoint of step 6 is good and kept"):
+        run(worker=worker)
+    assert [state.step for state in saved] == [2, 4, 6]
+    assert all(torch.isfinite(tensor).all() for tensor in saved[-1].tensors.values())
+
+
+def test_what_is_asked_for_comes_after_a_checkpoint() -> None:
+    asked = {5: "save", 8: "stop"}
+    saved: list[int] = []
+    steps = iter(range(1, 99))
+    worker = Worker(
+        checkpoint_every=99, save=lambda state, best: saved.append(state.step), asked=lambda: asked.get(next(steps), "")
+    )
+    with pytest.raises(StoppedError, match="training was asked to stop and did so at step 8, after a checkpoint"):
+        run(worker=worker)
+    assert saved == [5, 6, 8]  # 6: the first validation is the best so far
+
+
+def test_the_best_validation_is_saved_and_found_again() -> None:
+    schedule = replace(SCHEDULE, steps=24, learning_rate=5e-2, validate_every=3)
+    states: dict[int, TrainingState] = {}
+    bests: list[int | None] = []
+
+    def save(state: TrainingState, best: int | None) -> None:
+        states[state.step] = state
+        bests.append(best)
+
+    worker = Worker(checkpoint_every=99, save=save)
+    task, batches = a_task("moving_average", schedule, worker)
+    history = train(task, batches, schedule, worker, "run")
+    scores = {point["step"]: point["validation_psnr_db"] for point in history}
+    best = best_step(history, task)
+    assert best == max(scores, key=lambda step: scores[step]) == bests[-1]
+    assert best in states
+    load_weights(task.model, states[best].tensors)
+    assert task.validate()["validation_psnr_db"] == pytest.approx(scores[best], abs=1e-6)
+
+
+def test_an_average_of_weights_is_what_is_validated_and_loaded() -> None:
+    schedule = replace(SCHEDULE, ema_decay=0.8)
+    states: dict[int, TrainingState] = {}
+    worker = Worker(save=lambda state, best: states.update({state.step: state}))
+    task, batches = a_task("loss", schedule, worker)
+    history = train(task, batches, schedule, worker, "run")
+    last = {name: value.clone() for name, value in task.model.state_dict().items()}
+    load_weights(task.model, states[12].tensors)
+    assert not torch.equal(task.model.encoder.conv_in.weight, last["encoder.conv_in.weight"])
+    assert task.validate()["validation_psnr_db"] == pytest.approx(history[-1]["validation_psnr_db"], abs=1e-6)
+
+
+def test_an_average_of_weights_against_its_definition() -> None:
+    from vqvae_core.weight_average import WeightAverage
+
+    model = torch.nn.Linear(2, 1, bias=False)
+    average, expected = WeightAverage(model, 0.5), model.weight.detach().clone()
+    for step in range(6):
+        model.weight.data += 1.0
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+    with average.applied():
+        torch.testing.assert_close(model.weight.detach(), expected)
+    torch.testing.assert_close(average.tensors()["average.weight"], expected)
+
+
+def test_gradients_are_clipped_to_a_length_over_all_parameters() -> None:
+    from vqvae_core.gradients import FlatGradients
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Conv2d(5, 2, 1)).to(memory_format=torch.channels_last)
+    parameters = list(model.parameters())
+    gradients = FlatGradients(parameters)
+    gradients.clear(4)
+    (model(torch.randn(2, 3, 8, 8)).square().mean() * 100).backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    torch.testing.assert_close(gradients.norm(), norm)
+    before = [parameter.grad.clone() for parameter in parameters]
+    gradients.clip(gradients.norm(), float(norm) * 2)
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(before, parameters, strict=True))
+    gradients.clip(gradients.norm(), 0.25)
+    torch.testing.assert_close(gradients.norm(), torch.tensor(0.25))
+    torch.testing.assert_close(parameters[0].grad, before[0] * 0.25 / norm)
+
+
+def test_the_sum_over_ranks_is_one_call_over_gradients_and_all_else() -> None:
+    from vqvae_core.gradients import FlatGradients
+
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 2))]
+    gradients = FlatGradients(parameters)
+    gradients.clear(1)
+    for extra in ([torch.tensor(5.0)], [torch.tensor(5.0), torch.ones(40, 2)], [torch.tensor(5.0)]):
+        gradients.clear(sum(part.numel() for part in extra))
+        (parameters[0].sum() * 3 + parameters[1].sum()).backward()
+        calls = []
+
+        def double(flat: torch.Tensor) -> None:
+            calls.append(flat.numel())
+            flat.mul_(2)
+
+        sums = gradients.reduce(double, 2, extra)
+        assert len(calls) == 1
+        assert [float(one.mean()) for one in sums] == [2 * float(one.mean()) for one in extra]
+        assert parameters[0].grad.tolist() == [3.0] * 3
+        assert parameters[1].grad.tolist() == [[1.0] * 2] * 2
+
+
+def test_usage_is_that_of_whole_epochs() -> None:
+    """48 pictures in batches of 8: an epoch has 6 steps; points are at 4, 8, 12, ..."""
+    schedule = replace(SCHEDULE, steps=24, log_every=4, validate_every=24, learning_rate=1e-12)
+    worker = Worker()
+    task, batches = a_task("moving_average", schedule, worker)
+    history = train(task, batches, schedule, worker, "run")
+    assert [point["step"] for point in history if "epoch_usage" in point] == [8, 12, 20, 24]
+    sites = 16 * 6 * 8
+    assert int(task.model.quantizer.last_epoch_hits.sum()) == sites
+    assert int(task.model.quantizer.epoch_hits.sum()) == 0
+    assert history[-1]["epoch_usage"] == pytest.approx(float((task.model.quantizer.last_epoch_hits > 0).double().mean()))
+
+
+def test_training_changes_no_setting_of_the_process() -> None:
+    assert not torch.are_deterministic_algorithms_enabled()
+    run(schedule=replace(SCHEDULE, steps=2))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_deterministic_kernels_are_asked_for(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        VQVAETraining, "after_step", lambda *_: seen.append(torch.are_deterministic_algorithms_enabled())
+    )
+    run(schedule=replace(SCHEDULE, steps=2, deterministic=deterministic))
+    assert seen == [deterministic] * 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("steps", 0, "steps must be at least 1"),
+        ("max_gradient_norm", 0.0, "max_gradient_norm must be a number above 0 or None"),
+        ("ema_decay", 1.0, "ema_decay must be at least 0"),
+        ("learning_rate", float("inf"), "learning_rate must be a number above 0"),
+    ],
+)
+def test_bad_values_say_what_is_expected(field: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{field: value})
+    assert dataclasses.is_dataclass(TrainConfig)
 
 
 def test_learning_rate() -> None:
@@ -179,12 +397,12 @@ def test_learning_rate() -> None:
 
 
 def test_precision_follows_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqvae_core.train._cpu_features", lambda: {"avx512_bf16", "amx_bf16"})
+    monkeypatch.setattr("vqvae_core.train_config._cpu_features", lambda: {"avx512_bf16", "amx_bf16"})
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     assert best_precision("cpu") == "bf16"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     assert best_precision("cpu") == "fp32"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_AMX")
     assert best_precision("cpu") == "bf16"
-    monkeypatch.setattr("vqvae_core.train._cpu_features", lambda: {"avx2"})
+    monkeypatch.setattr("vqvae_core.train_config._cpu_features", lambda: {"avx2"})
     assert best_precision("cpu") == "fp32"

@@ -1,0 +1,183 @@
+"""Batches of a loader are those of the order, for any number of processes, whatever dies or is broken."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.vqvae_core.shards import key_of, make_images, picture
+from vqvae_core import loader as loading
+from vqvae_core.artifacts import Artifact, ArtifactError
+from vqvae_core.augment import AugmentConfig
+from vqvae_core.errors import InputError
+from vqvae_core.image_shards import ImageShards, index_tar
+from vqvae_core.loader import ImageLoader, LoaderError
+from vqvae_core.order import OrderConfig
+from vqvae_core.storage import Folder
+
+ROWS = [7, 12, 3, 18]
+CONFIG = OrderConfig(batch_size=8, num_lanes=4, shuffle_window=5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageShards:
+    return make_images(Folder.of(tmp_path_factory.mktemp("images")), ROWS)
+
+
+def numbers(loader: ImageLoader, start: int, stop: int) -> list[list[int]]:
+    """The numbers of the pictures in each batch, recognized by their pixels."""
+    known = {picture(number).tobytes(): number for number in range(sum(ROWS))}
+    return [[known[pixels.numpy().tobytes()] for pixels in batch] for batch in loader.batches(start, stop)]
+
+
+def expected(loader: ImageLoader, start: int, stop: int) -> list[list[int]]:
+    starts = np.cumsum([0, *ROWS])
+    places = [loader.order.batch(step, loader.lanes) for step in range(start, stop)]
+    return [(starts[place.files] + place.rows).tolist() for place in places]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_batches_are_those_of_the_order(images: ImageShards, num_workers: int) -> None:
+    loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=num_workers)
+    assert numbers(loader, 0, 17) == expected(loader, 0, 17)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_a_resume(images: ImageShards, num_workers: int) -> None:
+    whole = expected(ImageLoader(images, CONFIG, AugmentConfig()), 0, 12)
+    parts = [
+        numbers(
+            ImageLoader(images, CONFIG, AugmentConfig(), rank=rank, world_size=2, num_workers=num_workers), 7, 12
+        )
+        for rank in range(2)
+    ]
+    assert [one + other for one, other in zip(*parts, strict=True)] == whole[7:]
+
+
+def test_eight_processes_and_a_batch_smaller_than_their_number(images: ImageShards) -> None:
+    config = OrderConfig(batch_size=4, num_lanes=4, shuffle_window=5)
+    loader = ImageLoader(images, config, AugmentConfig(), num_workers=8)
+    assert numbers(loader, 0, 3) == expected(loader, 0, 3)
+
+
+def test_augmentation_is_the_same_for_any_number_of_processes(images: ImageShards) -> None:
+    augment = AugmentConfig(flip=True, crop_size=4)
+    made = [
+        [batch.numpy().tobytes() for batch in ImageLoader(images, CONFIG, augment, num_workers=count).batches(0, 12)]
+        for count in (0, 2)
+    ]
+    assert made[0] == made[1]
+    loader = ImageLoader(images, CONFIG, augment)
+    for step, batch in enumerate(loader.batches(0, 12)):
+        for number, pixels in zip(expected(loader, step, step + 1)[0], batch, strict=True):
+            epoch = step // loader.order.steps_per_epoch
+            wanted = augment.apply(picture(number), key=key_of(number), seed=1, epoch=epoch)
+            assert np.array_equal(pixels.numpy(), wanted)
+
+
+def test_skipping_reads_nothing(images: ImageShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    whole = loading.MappedFile.open
+
+    def counted(artifact: Artifact, path: str) -> loading.MappedFile:
+        opened.append(path)
+        return whole(artifact, path)
+
+    monkeypatch.setattr(loading.MappedFile, "open", counted)
+    loader = ImageLoader(images, CONFIG, AugmentConfig(), rank=3, world_size=4)
+    list(loader.batches(4, 5))
+    assert {loader.order.files.index((path, images.artifact.files[path].rows)) for path in opened} == set(
+        loader.order.near(4, loader.lanes)
+    )
+
+
+def test_from_s3(images: ImageShards, s3_bucket: str) -> None:
+    remote = make_images(Folder.of(f"{s3_bucket}/loader"), ROWS)
+    for num_workers in (0, 2):
+        loader = ImageLoader(remote, CONFIG, AugmentConfig(), num_workers=num_workers)
+        assert numbers(loader, 0, 6) == expected(loader, 0, 6)
+
+
+def children() -> list[int]:
+    own = Path(f"/proc/{os.getpid()}/task")
+    found = [int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()]
+    return [pid for pid in found if b"loader_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_killed_process_is_replaced_and_nothing_is_lost(images: ImageShards) -> None:
+    said: list[str] = []
+    loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=2, warn=said.append)
+    known = {picture(number).tobytes(): number for number in range(sum(ROWS))}
+    found = []
+    for step, batch in enumerate(loader.batches(0, 15)):
+        found.append([known[pixels.numpy().tobytes()] for pixels in batch])
+        if step in (2, 9):
+            os.kill(children()[0], signal.SIGKILL)
+    assert found == expected(loader, 0, 15)
+    assert [line.split(";")[0] for line in said] == [
+        "a process that decodes training images ended by signal SIGKILL"
+    ] * 2
+    assert not children()
+
+
+def test_processes_that_die_again_and_again_end_training(images: ImageShards) -> None:
+    loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=1, warn=lambda line: None)
+    with pytest.raises(LoaderError, match=r"ended by signal SIGKILL, as 3 did before it; is memory short\? Lower --res"):
+        for _ in loader.batches(0, 400):
+            for pid in children():
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_byte_and_a_missing_file_are_named(tmp_path: Path, num_workers: int) -> None:
+    images = make_images(Folder.of(tmp_path), ROWS)
+    loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=num_workers)
+    path = tmp_path / "train-000003.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"expected sha256 \w+ for train-000003.tar of .*, found \w+; restore"):
+        list(loader.batches(0, 12))
+    path.write_bytes(data[:-512])
+    with pytest.raises(ArtifactError, match=r"expected \d+ bytes for train-000003.tar"):
+        list(loader.batches(0, 12))
+    path.unlink()
+    with pytest.raises(ArtifactError, match="for train-000003.tar of .*, found nothing; restore the file"):
+        list(loader.batches(0, 12))
+    assert not children()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_image_that_is_none_is_named(tmp_path: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.vqvae_core import shards
+
+    monkeypatch.setattr(shards, "encode", lambda pixels, kind: b"not a picture")
+    images = make_images(Folder.of(tmp_path), [16])
+    loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=num_workers)
+    with pytest.raises(InputError, match=r"expected an image for k\d+ in .*train-000000.tar, but it cannot be decoded"):
+        list(loader.batches(0, 2))
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_behind(images: ImageShards) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for num_workers in (0, 2):
+        stream = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=num_workers).batches(0, 400)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+    assert not children()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_the_index_of_a_tar(images: ImageShards) -> None:
+    data = images.artifact.read("train-000001.tar")
+    index = index_tar(data, "here")
+    samples = images.read("train-000001.tar")
+    assert index.keys == [sample.key for sample in samples]
+    pairs = zip(index.offsets.tolist(), index.num_bytes.tolist(), strict=True)
+    assert [data[start : start + size] for start, size in pairs] == [sample.data for sample in samples]
+    cut = int(index.offsets[3] + -(-index.num_bytes[3] // 512) * 512)
+    for broken, words in ((data[:cut], "the tar ends before it"), (b"x" * 1024, "plain files")):
+        with pytest.raises(ArtifactError, match=words):
+            index_tar(broken, "here")

@@ -1,0 +1,52 @@
+"""Samples of mapped image shards to a batch of pixels: what a loader's processes do."""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vqvae_core.artifacts import ArtifactError
+from vqvae_core.augment import AugmentConfig
+from vqvae_core.decoding import ImageError, decode
+from vqvae_core.image_shards import TarIndex, index_tar
+
+Buffer = bytes | mmap.mmap | memoryview
+
+
+@dataclass
+class Decoder:
+    """Shards by number, and their images by row. size: pixels a side of every image that it gives."""
+
+    augment: AugmentConfig
+    size: int
+    seed: int
+    _open: dict[int, tuple[memoryview, TarIndex, str]] = field(default_factory=dict)
+
+    def open(self, number: int, data: Buffer, where: str) -> None:
+        """Give a shard a number. Its bytes must stay until it is closed. Raises `ArtifactError` for another file."""
+        self._open[number] = memoryview(data), index_tar(data, where), where
+
+    def close(self, number: int) -> None:
+        view, _, _ = self._open.pop(number)
+        view.release()
+
+    def decode(self, epoch: int, shards: Sequence[int], rows: Sequence[int], out: np.ndarray) -> None:
+        """Fill out (N, size, size, 3), uint8, with images by shard and row. Raises `ArtifactError` naming the image."""
+        for number, (shard, row) in enumerate(zip(shards, rows, strict=True)):
+            view, index, where = self._open[shard]
+            if row >= len(index.keys):
+                raise ArtifactError(f"expected more than {row} images in {where}, found {len(index.keys)}")
+            start = index.offsets[row]
+            key = index.keys[row]
+            try:
+                pixels = decode(bytes(view[start : start + index.num_bytes[row]]))
+            except ImageError as error:
+                raise ArtifactError(f"expected an image for {key} in {where}, but it {error}") from error
+            pixels = self.augment.apply(pixels, key=key, seed=self.seed, epoch=epoch)
+            if pixels.shape != out.shape[1:]:
+                raise ArtifactError(
+                    f"expected {self.size} x {self.size} pixels for {key} in {where}, "
+                    f"found {pixels.shape[1]} x {pixels.shape[0]}"
+                )
+            out[number] = pixels

@@ -1,0 +1,333 @@
+"""Batches of training images for one rank: the order of `Order`, decoded ahead by a thread or by processes.
+
+Shards are mapped, not copied (from S3: fetched once, while the window before is read). Processes write pixels into
+mapped batches, so that none travels through a pipe. What is in memory is bounded by windows: the shards that the lanes
+read in two of them, and some batches.
+"""
+
+import contextlib
+import dataclasses
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqvae_core.augment import AugmentConfig
+from vqvae_core.decoder import Decoder
+from vqvae_core.errors import InputError
+from vqvae_core.image_shards import ImageShards
+from vqvae_core.loader_channel import Channel, ChannelClosedError
+from vqvae_core.mapped_file import MappedFile
+from vqvae_core.order import Order, OrderConfig, lanes_of
+
+_AHEAD = 4  # batches in the making while one is used
+_FETCHES = 8  # shards that are opened at once
+_MAX_DEATHS = 3  # of a loader's processes
+
+
+class LoaderError(InputError):
+    """The processes that decode training images end again and again."""
+
+
+class ImageLoader:
+    """The training images of one rank.
+
+    num_workers: processes that decode; 0: a thread of this one. warn: called with a line where a process had to be
+    started again. Raises `InputError` where the ranks cannot share the lanes, or the data is less than a batch.
+    """
+
+    def __init__(
+        self,
+        images: ImageShards,
+        config: OrderConfig,
+        augment: AugmentConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        files = [(path, images.artifact.files[path].rows) for path in images.shards("train")]
+        self.order = Order(files, config)
+        self.lanes = lanes_of(rank, world_size, config)
+        self.size = augment.size(images.size)
+        self._images, self._config, self._augment = images, config, augment
+        self._num_workers, self._warn = num_workers, warn
+        self._rank_batch = config.batch_size // world_size
+
+    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Pixels, uint8 (B / world_size, S, S, 3), of steps start to stop - 1.
+
+        Each is valid until the next is asked for, whose making overwrites it. Raises `ArtifactError` naming the file or
+        image that is not what it should be, `LoaderError` where processes die again and again.
+        """
+        slots = _AHEAD + 1
+        shape = (slots, self._rank_batch, self.size, self.size, 3)
+        batches = MappedFile.nameless(int(np.prod(shape)))
+        pixels = np.frombuffer(batches.data, np.uint8).reshape(shape)
+        crew = self._crew(batches, pixels.reshape(-1, *shape[2:]))
+        shards = _OpenShards(self._images, self.order, self.lanes, crew)
+        try:
+            asked = start
+            for step in range(start, stop):
+                while asked < min(stop, step + slots):
+                    places = shards.at(asked)
+                    first = asked % slots * self._rank_batch
+                    crew.decode(asked, asked // self.order.steps_per_epoch, places.files, places.rows, first)
+                    asked += 1
+                crew.wait(step)
+                yield torch.from_numpy(pixels[step % slots])
+        finally:
+            crew.end()
+            shards.close()
+            del pixels
+            batches.close()
+
+    def _crew(self, batches: MappedFile, pixels: np.ndarray) -> "_Crew":
+        if self._num_workers == 0:
+            return _Thread(Decoder(self._augment, self.size, self._config.seed), pixels)
+        begin = {"size": self.size, "seed": self._config.seed, "augment": dataclasses.asdict(self._augment)}
+        return _Processes(self._num_workers, begin, batches, self._warn)
+
+
+class _Crew(Protocol):
+    """Who decodes. Shards are known by their number in the order's files; batches lie one behind the other."""
+
+    def open(self, shard: int, file: MappedFile, where: str) -> None: ...
+
+    def close(self, shard: int) -> None: ...
+
+    def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
+        """Begin to fill the images from `first` on."""
+        ...
+
+    def wait(self, step: int) -> None:
+        """Until that step is done; steps are waited for in the order in which they began."""
+        ...
+
+    def end(self) -> None: ...
+
+
+class _OpenShards:
+    """The shards that lanes read in this window and the next: opened and checked by threads, early."""
+
+    def __init__(self, images: ImageShards, order: Order, lanes: range, crew: _Crew) -> None:
+        self._images, self._order, self._lanes, self._crew = images, order, lanes, crew
+        self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="shards")
+        self._files: dict[int, Future[MappedFile]] = {}
+        self._given: set[int] = set()
+        self._window = (-1, -1)
+
+    def at(self, step: int) -> Any:
+        """The places of a step's samples. Their shards are open when this returns."""
+        epoch, index = divmod(step, self._order.steps_per_epoch)
+        config = self._order.config
+        window = (epoch, index * (config.batch_size // config.num_lanes) // config.shuffle_window)
+        if window != self._window:
+            self._window = window
+            self._keep(self._order.near(step, self._lanes))
+        places = self._order.batch(step, self._lanes)
+        for shard in np.unique(places.files).tolist():
+            if shard not in self._given:
+                file = self._files[shard].result()
+                self._crew.open(shard, file, self._where(shard))
+                self._given.add(shard)
+        return places
+
+    def _where(self, shard: int) -> str:
+        return self._images.artifact.folder.path(self._order.files[shard][0])
+
+    def _keep(self, wanted: list[int]) -> None:
+        for shard in [shard for shard in self._files if shard not in set(wanted)]:
+            self._drop(shard)
+        for shard in wanted:
+            if shard not in self._files:
+                path = self._order.files[shard][0]
+                self._files[shard] = self._pool.submit(MappedFile.open, self._images.artifact, path)
+
+    def _drop(self, shard: int) -> None:
+        if shard in self._given:
+            self._given.remove(shard)
+            self._crew.close(shard)
+        file = self._files.pop(shard)
+        if not file.cancel() and file.exception() is None:
+            file.result().close()
+
+    def close(self) -> None:
+        self._given.clear()  # the crew has ended
+        for shard in [*self._files]:
+            self._drop(shard)
+        self._pool.shutdown()
+
+
+class _Thread:
+    """A thread of this process: enough where decoding is little beside a step."""
+
+    def __init__(self, decoder: Decoder, pixels: np.ndarray) -> None:
+        self._decoder, self._pixels = decoder, pixels
+        self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._done: queue.Queue[BaseException | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        failure: BaseException | None = None
+        while (action := self._todo.get()) is not None:
+            try:
+                if failure is None:
+                    action()
+            except BaseException as error:
+                failure = error
+                self._done.put(error)
+
+    def open(self, shard: int, file: MappedFile, where: str) -> None:
+        view = memoryview(file.data)  # from here on the file stays mapped, until the decoder has closed it
+        self._todo.put(lambda: self._decoder.open(shard, view, where))
+
+    def close(self, shard: int) -> None:
+        self._todo.put(lambda: self._decoder.close(shard))
+
+    def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
+        def decode() -> None:
+            self._decoder.decode(epoch, shards.tolist(), rows.tolist(), self._pixels[first : first + len(rows)])
+            self._done.put(None)
+
+        self._todo.put(decode)
+
+    def wait(self, step: int) -> None:
+        failure = self._done.get()
+        if failure is not None:
+            raise failure
+
+    def end(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._todo.get_nowait()
+        self._todo.put(None)
+        self._thread.join()
+
+
+class _Process:
+    """One process, what it has open, and what it was asked for and has not answered."""
+
+    def __init__(self, begin: dict[str, Any], batches: MappedFile) -> None:
+        self._begin, self._batches = begin, batches
+        self._shards: dict[int, tuple[MappedFile, str]] = {}
+        self._asked: deque[dict[str, Any]] = deque()
+        self._start()
+
+    def _start(self) -> None:
+        mine, theirs = socket.socketpair()
+        self.channel = Channel(mine)
+        # Not the package's __main__ and no fork: this process may have threads, and a framework around it.
+        path = os.pathsep.join(filter(None, sys.path))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "vqvae_core.loader_worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        theirs.close()
+        self.channel.send(self._begin, self._batches.file)
+
+    def restart(self) -> None:
+        """Another process in its place, that does what this one had not answered."""
+        self.channel.close()
+        self.process.wait()
+        self._start()
+        for shard, (file, where) in self._shards.items():
+            self.channel.send({"do": "open", "shard": shard, "where": where}, file.file)
+        for message in self._asked:
+            self.channel.send(message)
+
+    def open(self, shard: int, file: MappedFile, where: str) -> None:
+        self._shards[shard] = (file, where)
+        self.channel.send({"do": "open", "shard": shard, "where": where}, file.file)
+
+    def close(self, shard: int) -> None:
+        del self._shards[shard]
+        self.channel.send({"do": "close", "shard": shard})
+
+    def ask(self, message: dict[str, Any]) -> None:
+        self._asked.append(message)
+        self.channel.send(message)
+
+    def answer(self) -> dict[str, Any]:
+        message, _ = self.channel.receive()
+        self._asked.popleft()
+        return message
+
+    def end(self) -> None:
+        self.channel.close()
+        self.process.terminate()
+        self.process.wait()
+
+
+class _Processes:
+    """Some processes, each of which decodes a part of every batch."""
+
+    def __init__(self, count: int, begin: dict[str, Any], batches: MappedFile, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._deaths = 0
+        self._processes = [_Process(begin, batches) for _ in range(count)]
+
+    def _mended(self, process: _Process, action: Callable[[], Any]) -> Any:
+        """action(), again where the process is gone. What an action noted before it failed, a restart repeats."""
+        try:
+            return action()
+        except ChannelClosedError:
+            pass
+        while True:
+            self._deaths += 1
+            code = process.process.wait()
+            reason = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if self._deaths > _MAX_DEATHS:
+                raise LoaderError(
+                    f"a process that decodes training images ended by {reason}, as {_MAX_DEATHS} did before it; is "
+                    "memory short? Lower --resources.loader-workers; training goes on from its last checkpoint"
+                )
+            self._warn(
+                f"a process that decodes training images ended by {reason}; started again "
+                f"({self._deaths} of at most {_MAX_DEATHS}), nothing is lost"
+            )
+            with contextlib.suppress(ChannelClosedError):
+                process.restart()
+                return None
+
+    def open(self, shard: int, file: MappedFile, where: str) -> None:
+        for process in self._processes:
+            self._mended(process, lambda process=process: process.open(shard, file, where))
+
+    def close(self, shard: int) -> None:
+        for process in self._processes:
+            self._mended(process, lambda process=process: process.close(shard))
+
+    def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
+        cuts = [len(rows) * number // len(self._processes) for number in range(len(self._processes) + 1)]
+        for process, begin, end in zip(self._processes, cuts, cuts[1:], strict=False):
+            message = {"do": "decode", "step": step, "epoch": epoch, "first": first + begin,
+                       "shards": shards[begin:end].tolist(), "rows": rows[begin:end].tolist()}  # fmt: skip
+            self._mended(process, lambda process=process, message=message: process.ask(message))
+
+    def wait(self, step: int) -> None:
+        for process in self._processes:
+            answer = None
+            while answer is None:
+                answer = self._mended(process, process.answer)
+            assert answer["step"] == step
+            if answer["error"]:
+                raise InputError(answer["error"])
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.end()

@@ -1,0 +1,70 @@
+"""A process of a loader: it decodes images of mapped shards into mapped batches, until its loader is gone.
+
+    python -m vqvae_core.loader_worker SOCKET_NUMBER     # started by vqvae_core.loader only
+"""
+
+import mmap
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import numpy as np
+
+from vqvae_core.augment import AugmentConfig
+from vqvae_core.decoder import Decoder
+from vqvae_core.errors import InputError
+from vqvae_core.loader_channel import Channel, ChannelClosedError
+
+
+def serve(channel: Channel) -> None:
+    """Answer what a loader asks for. The first message has the batches' file; an error is an answer too."""
+    start, file = channel.receive()
+    size = start["size"]
+    decoder = Decoder(AugmentConfig(**start["augment"]), size, start["seed"])
+    batches = np.frombuffer(_mapped(file, mmap.PROT_READ | mmap.PROT_WRITE), np.uint8).reshape(-1, size, size, 3)
+    maps: dict[int, mmap.mmap] = {}
+    failed: dict[int, str] = {}  # told when an image of such a shard is asked for
+    while True:
+        message, file = channel.receive()
+        kind, number = message["do"], message.get("shard", -1)
+        if kind == "open":
+            maps[number] = _mapped(file, mmap.PROT_READ)
+            try:
+                decoder.open(number, maps[number], message["where"])
+            except InputError as error:
+                failed[number] = str(error)
+        elif kind == "close":
+            if failed.pop(number, None) is None:
+                decoder.close(number)
+            maps.pop(number).close()
+        else:
+            channel.send(_decode(decoder, failed, batches, message))
+
+
+def _decode(decoder: Decoder, failed: dict[int, str], batches: np.ndarray, message: dict[str, Any]) -> dict[str, Any]:
+    first, rows, shards = message["first"], message["rows"], message["shards"]
+    broken = next((failed[shard] for shard in shards if shard in failed), "")
+    try:
+        if not broken:
+            decoder.decode(message["epoch"], shards, rows, batches[first : first + len(rows)])
+    except InputError as error:
+        broken = str(error)
+    return {"step": message["step"], "error": broken}
+
+
+def _mapped(file: int | None, access: int) -> mmap.mmap:
+    assert file is not None
+    try:
+        return mmap.mmap(file, 0, prot=access)
+    finally:
+        os.close(file)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the loader, whose end ends this
+    try:
+        serve(Channel(socket.socket(fileno=int(sys.argv[1]))))
+    except ChannelClosedError:
+        os._exit(0)

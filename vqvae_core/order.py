@@ -1,0 +1,159 @@
+"""The order of training samples: a pure function of (seed, files, epoch), the same for any number of ranks.
+
+An epoch is the seeded sequence of all shards, cut by sample count into L equal lanes. Each lane is shuffled in
+consecutive windows. Global batch g takes B/L samples from each lane; ranks own lanes. The N mod B samples at the end of
+the sequence are left out, others each epoch. The position is the step, one integer: nothing before it is read.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vqvae_core.errors import InputError
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderConfig:
+    """How training samples are ordered and batched. All of it belongs to the recipe."""
+
+    batch_size: int = 128
+    """Samples in a global batch, over all workers."""
+    num_lanes: int = 8
+    """Parts that the epoch is cut into; it divides the batch size, and the number of workers divides it."""
+    shuffle_window: int = 1024
+    """Samples of a lane that are shuffled among each other."""
+    seed: int = 0
+    """Seed of the order."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_lanes", "shuffle_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, was {self.seed}")
+        if self.batch_size % self.num_lanes:
+            raise ValueError(
+                f"num_lanes must divide batch_size {self.batch_size}, was {self.num_lanes}; "
+                f"the largest that does is {max(n for n in range(1, self.num_lanes) if self.batch_size % n == 0)}"
+            )
+
+
+def mix(*numbers: int) -> int:
+    """A 64-bit seed from integers (SplitMix64, Steele et al. 2014): stable across versions and machines."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def permutation(count: int, *seed: int) -> np.ndarray:
+    """A permutation of 0 to count - 1 (int64) that depends on the seed alone, not on numpy's generators."""
+    with np.errstate(over="ignore"):
+        state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(mix(*seed))
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return np.argsort(state, kind="stable")
+
+
+def lanes_of(rank: int, world_size: int, config: OrderConfig) -> range:
+    """The lanes that a rank owns. Raises `InputError` where the ranks cannot share them evenly."""
+    if config.num_lanes % world_size:
+        raise InputError(
+            f"expected a number of workers that divides num_lanes {config.num_lanes}, found {world_size}; "
+            "change either of them (num_lanes belongs to the recipe)"
+        )
+    share = config.num_lanes // world_size
+    return range(rank * share, (rank + 1) * share)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where samples lie: for each of them the number of its file and its row there, two int64 arrays (N,)."""
+
+    files: np.ndarray
+    rows: np.ndarray
+
+
+class Order:
+    """Which sample stands where. files: (path, number of samples) of each shard, in the manifest's order."""
+
+    def __init__(self, files: Sequence[tuple[str, int]], config: OrderConfig) -> None:
+        self.files, self.config = list(files), config
+        self._rows = np.array([rows for _, rows in files], np.int64)
+        self.num_samples = int(self._rows.sum())
+        self.steps_per_epoch = self.num_samples // config.batch_size
+        if not self.steps_per_epoch:
+            raise InputError(
+                f"expected at least one batch of {config.batch_size} samples, the data has {self.num_samples}; "
+                "lower the batch size or shard more images"
+            )
+        self.left_out = self.num_samples - self.steps_per_epoch * config.batch_size
+        self.lane_samples = self.steps_per_epoch * config.batch_size // config.num_lanes
+        self._sequences: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], Places] = OrderedDict()
+
+    def batch(self, step: int, lanes: range) -> Places:
+        """The samples that these lanes give to global batch `step`, lane by lane."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        share = self.config.batch_size // self.config.num_lanes
+        parts = [part for lane in lanes for part in self._stretch(epoch, lane, index * share, share)]
+        return Places(np.concatenate([part.files for part in parts]), np.concatenate([part.rows for part in parts]))
+
+    def _stretch(self, epoch: int, lane: int, start: int, count: int) -> list[Places]:
+        """`count` samples of a lane from `start` on, cut where windows end."""
+        parts, stop, size = [], start + count, self.config.shuffle_window
+        while start < stop:
+            number = start // size
+            window, first = self.window(epoch, lane, number), start - number * size
+            last = min(stop - number * size, size)
+            parts.append(Places(window.files[first:last], window.rows[first:last]))
+            start = number * size + last
+        return parts
+
+    def window(self, epoch: int, lane: int, number: int) -> Places:
+        """A whole window of a lane, shuffled. Past the lane's last window: its first of the next epoch."""
+        start = number * self.config.shuffle_window
+        if start >= self.lane_samples:
+            return self.window(epoch + 1, lane, 0)
+        key = (epoch, lane, start)
+        if key not in self._windows:
+            self._windows[key] = self._shuffled(epoch, lane, start)
+            while len(self._windows) > 3 * self.config.num_lanes:
+                self._windows.popitem(last=False)
+        self._windows.move_to_end(key)
+        return self._windows[key]
+
+    def _shuffled(self, epoch: int, lane: int, start: int) -> Places:
+        length = min(self.config.shuffle_window, self.lane_samples - start)
+        places = lane * self.lane_samples + start + permutation(length, self.config.seed, epoch, lane, start)
+        sequence, before = self._sequence(epoch)
+        shards = np.searchsorted(before, places, side="right") - 1
+        return Places(sequence[shards], places - before[shards])
+
+    def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's sequence of shards, and the number of samples before each of them."""
+        if epoch not in self._sequences:
+            sequence = permutation(len(self.files), self.config.seed, epoch)
+            rows = self._rows[sequence]
+            self._sequences[epoch] = sequence, np.concatenate([[0], np.cumsum(rows)])
+            while len(self._sequences) > 2:
+                self._sequences.popitem(last=False)
+        return self._sequences[epoch]
+
+    def near(self, step: int, lanes: range) -> list[int]:
+        """The files that these lanes read in the windows of this step and the next, in order of need: what is worth
+        having open. Nothing before the step is in it."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = index * (self.config.batch_size // self.config.num_lanes)
+        number, first = divmod(start, self.config.shuffle_window)
+        now = [self.window(epoch, lane, number).files[first:] for lane in lanes]
+        later = [self.window(epoch, lane, number + 1).files for lane in lanes]
+        return list(dict.fromkeys(np.concatenate([*now, *later]).tolist()))
