@@ -1,0 +1,238 @@
+"""Reading training images: the loader against the bare decode loop, webdataset's WebLoader and Ray Data.
+
+    python -m benchmarks.stream            # 5 rounds
+    python -m benchmarks.stream --quick
+
+84x84 PNG frames and 128x128 JPEGs (quality 95, 4:4:4), in shards of 1,024 on a local disk, all in memory of the operating
+system. All rivals decode with the same function on 2 processes and 2 CPUs and give batches of 64; the process that takes
+them does nothing else. The bare loop decodes encoded images that are in its memory and keeps none. Rates and CPU time are
+of the stretch after the first batches, without any start. Bars: at least 90 % of the bare loop; CPU time an image beyond
+bare decoding at most half of WebLoader's; at least 1.5 times Ray Data; peak memory that does not grow with the images.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.peers import Bar, Memory, cpu_seconds, in_processes, interleaved, median_ratio, pin, report
+from benchmarks.shard import photographs
+from vqvae_core.artifacts import FileEntry, commit
+from vqvae_core.augment import AugmentConfig
+from vqvae_core.decoding import decode
+from vqvae_core.image_shards import KIND, ImageShards, Sample, write_tar
+from vqvae_core.images import encode, resize_and_crop
+from vqvae_core.loader import ImageLoader
+from vqvae_core.order import OrderConfig
+from vqvae_core.storage import Folder
+
+PROCESSES, BATCH, PER_SHARD, WARM = 2, 64, 1024, 32  # batches before the clock runs
+KINDS = {"png84": (84, "png"), "jpg128": (128, "jpg")}
+Rate = tuple[float, float]  # images/s, CPU seconds an image
+
+
+def pictures(kind: str, folder: Path | None) -> list[bytes]:
+    """256 encoded images of a kind."""
+    size, image_format = KINDS[kind]
+    if image_format == "jpg":
+        originals, _ = photographs(folder)
+        return [encode(resize_and_crop(decode(data), size), "jpg") for data in originals] * 3
+    rng, made = np.random.default_rng(0), []
+    for _ in range(256):  # walls, edges and some grain, as frames of an engine have
+        walls = rng.integers(0, 256, (7, 7, 3)).repeat(12, axis=0).repeat(12, axis=1)
+        grain = rng.integers(-3, 4, (size, size, 3))
+        made.append(encode((walls + grain).clip(0, 255).astype(np.uint8), "png"))
+    return made
+
+
+def make_images(folder: Folder, kind: str, encoded: list[bytes], num_images: int) -> ImageShards:
+    """An ImageShards artifact."""
+    size, image_format = KINDS[kind]
+    files = []
+    for number in range(num_images // PER_SHARD):
+        samples = [
+            Sample(
+                key=f"k{number * PER_SHARD + place}",
+                image_format=image_format,
+                data=encoded[(place * 7 + number) % len(encoded)],
+                facts={"label": 0},
+            )
+            for place in range(PER_SHARD)
+        ]
+        data = write_tar(samples)
+        folder.write(f"train-{number:06d}.tar", data)
+        files.append(FileEntry.of(f"train-{number:06d}.tar", data, rows=PER_SHARD))
+    facts = {"size": size, "splits": {}, "label_map": {"a": 0}}
+    return ImageShards(commit(
+        folder, kind=KIND, stage="shard", stage_version=1, fingerprint="f", recipe={}, inputs={}, files=files,
+        facts=facts, provenance={},
+    ))  # fmt: skip
+
+
+def measured(batches: Iterator[Any], count: int) -> Rate:
+    """Rate and CPU time between batch WARM and batch `count`."""
+    begin = used = 0.0
+    for number, _ in enumerate(batches, 1):
+        if number == WARM:
+            begin, used = time.perf_counter(), cpu_seconds()
+        if number == count:
+            seconds, cpu = time.perf_counter() - begin, cpu_seconds() - used
+            images = (count - WARM) * BATCH
+            return images / seconds, cpu / images
+    raise RuntimeError(f"fewer than {count} batches came")
+
+
+def bare_rate(encoded: list[bytes], num_images: int) -> Rate:
+    """Decoding alone, on as many processes."""
+    jobs = [(encoded, 1024)] * (num_images // 1024)
+    seconds, used = in_processes(_decode_all, jobs, PROCESSES)
+    return num_images / seconds, sum(used) / num_images
+
+
+def _decode_all(encoded: list[bytes], count: int) -> float:
+    begin = time.process_time()
+    for number in range(count):
+        decode(encoded[number % len(encoded)])
+    return time.process_time() - begin
+
+
+def loader_batches(images: ImageShards, count: int) -> Iterator[Any]:
+    config = OrderConfig(batch_size=BATCH, num_lanes=8, shuffle_window=1024)
+    loader = ImageLoader(images, config, AugmentConfig(), num_workers=PROCESSES)
+    batches = loader.batches(0, count)
+    try:
+        yield from batches
+    finally:
+        batches.close()  # type: ignore[attr-defined]
+
+
+def web_batches(images: ImageShards, count: int) -> Iterator[Any]:
+    """As the library's guide does it, with the same decoder and a shuffle as wide as a lane's window."""
+    import torch
+    import webdataset
+
+    urls = [images.artifact.folder.path(path) for path in images.shards("train")]
+    image_format = next(iter(images.read(images.shards("train")[0]))).image_format
+    dataset = (
+        webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0)
+        .shuffle(1024)
+        .to_tuple(image_format)
+        .map_tuple(decode)
+        .batched(BATCH, collation_fn=lambda samples: torch.from_numpy(np.stack([sample[0] for sample in samples])))
+    )
+    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=PROCESSES)
+    number = 0
+    while number < count:  # a worker drops what does not fill its last batch
+        for batch in loader:
+            yield batch
+            number += 1
+
+
+def ray_batches(images: ImageShards, count: int) -> Iterator[Any]:
+    import ray.data
+
+    image_format = next(iter(images.read(images.shards("train")[0]))).image_format
+    urls = [images.artifact.folder.path(path) for path in images.shards("train")]
+
+    def decoded(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"pixels": np.stack([decode(data) for data in batch[image_format]])}
+
+    number = 0
+    while number < count:
+        data = ray.data.read_webdataset(urls, decoder=None).map_batches(decoded, batch_size=BATCH)
+        for batch in data.iter_torch_batches(batch_size=BATCH, local_shuffle_buffer_size=1024, local_shuffle_seed=0):
+            yield batch
+            number += 1
+
+
+def ray_rate(images: ImageShards, count: int) -> Rate:
+    """With Ray running only as long as this is measured."""
+    import logging
+
+    import ray
+    import ray.data
+
+    ray.init(num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    try:
+        return measured(ray_batches(images, count), count)
+    finally:
+        ray.shutdown()
+
+
+def compare(kind: str, folder: Path | None, quick: bool) -> tuple[list[Bar], dict[str, Any]]:
+    num_images = 8 * PER_SHARD if quick else 40 * PER_SHARD
+    count, rounds = num_images // BATCH, 1 if quick else 5
+    encoded = pictures(kind, folder)
+    with tempfile.TemporaryDirectory() as place:
+        images = make_images(Folder.of(place) / "images", kind, encoded, num_images)
+        cpu: dict[str, list[float]] = {"bare": [], "loader": [], "web_loader": [], "ray_data": []}
+
+        def rival(name: str, run: Callable[[], Rate]) -> Callable[[], float]:
+            def measure() -> float:
+                rate, seconds = run()
+                cpu[name].append(seconds)
+                return rate
+
+            return measure
+
+        rates = interleaved(
+            {
+                "bare": rival("bare", lambda: bare_rate(encoded, num_images)),
+                "loader": rival("loader", lambda: measured(loader_batches(images, count), count)),
+                "web_loader": rival("web_loader", lambda: measured(web_batches(images, count), count)),
+                "ray_data": rival("ray_data", lambda: ray_rate(images, count)),
+            },
+            rounds,
+        )
+        peaks = {}
+        for name, batches in (("whole", count), ("quarter", count // 4)):
+            with Memory() as memory:
+                for _ in loader_batches(images, batches):
+                    time.sleep(0.02)  # a step: what is read ahead piles up
+            peaks[name] = memory.peak_bytes
+    beyond = [
+        max(ours - bare, 0.0) / (theirs - bare)
+        for ours, bare, theirs in zip(cpu["loader"], cpu["bare"], cpu["web_loader"], strict=True)
+    ]
+    bars = [
+        Bar(f"{kind}_share_of_bare_loop", median_ratio(rates["loader"], rates["bare"]), 0.9),
+        Bar(f"{kind}_cpu_beyond_decoding_of_web_loader", statistics.median(beyond), 0.5, at_most=True),
+        Bar(f"{kind}_times_ray_data", median_ratio(rates["loader"], rates["ray_data"]), 1.5),
+        Bar(f"{kind}_peak_memory_times_that_of_a_quarter", peaks["whole"] / peaks["quarter"], 1.15, at_most=True),
+    ]
+    figures = {
+        "images_per_second": {name: [round(rate, 1) for rate in values] for name, values in rates.items()},
+        "cpu_microseconds_an_image": {name: [round(1e6 * one, 1) for one in values] for name, values in cpu.items()},
+        "peak_memory_mib": {name: peak >> 20 for name, peak in peaks.items()},
+    }
+    return bars, figures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--photographs", type=Path, help="a folder with ILSVRC2012_img_val.tar")
+    options = parser.parse_args()
+    pin(PROCESSES)
+    Image.init()
+    decode(encode(np.zeros((8, 8, 3), np.uint8), "jpg"))
+    bars: list[Bar] = []
+    figures: dict[str, Any] = {}
+    for kind in KINDS:
+        found, figures[kind] = compare(kind, options.photographs, options.quick)
+        bars += found
+    settings = {"processes": PROCESSES, "batch": BATCH, "images_a_shard": PER_SHARD, "window": 1024, "lanes": 8}
+    return report("stream", settings, bars, figures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
