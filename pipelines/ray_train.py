@@ -17,7 +17,7 @@ from pipelines.config import Resources
 from pipelines.progress import Progress
 from pipelines.stage import Pipeline
 from pipelines.tracking import StageRun
-from vqvae_core.checkpoint import StateFolder, TrainingState
+from vqvae_core.checkpoint import CheckpointError, StateFolder, TornStateError, TrainingState
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 from vqvae_core.train import NonFiniteLossError, StoppedError, Worker
@@ -27,6 +27,7 @@ Loop = Callable[[dict[str, Any], Worker, TrainingState | None], dict[str, Any]]
 _FINAL = {kind.__name__: kind for kind in (InputError, NonFiniteLossError, StoppedError)}  # a restart mends none
 _SECONDS_BETWEEN_POLLS = 0.5
 _SECONDS_BETWEEN_SAVES = 5.0  # while a node is about to be taken away
+_CHOICES, _SECONDS_BETWEEN_CHOICES = 5, 2.0
 _START_SECONDS = "60"
 _ELASTIC_START_SECONDS = "20"  # a group of a size that is no longer there is given up after it
 
@@ -326,15 +327,31 @@ def _share_lanes(num_lanes: int, ranks: int) -> tuple[int, Any]:
 def _agreed_state(
     states: StateFolder, rank: int, device: Any, all_reduce: Callable[[Any], None]
 ) -> TrainingState | None:
-    """The newest whole state, chosen by rank 0 for all."""
+    """The newest whole state, chosen by rank 0 for all.
+
+    Where the driver was killed, workers of before may still live for a moment, and write and delete: what one rank
+    has found another may not find any more, and then all choose again.
+    """
     import torch
 
-    state = states.newest() if rank == 0 else None
-    step = torch.tensor([state.step if state is not None else 0.0], dtype=torch.float64, device=device)
-    all_reduce(step)
-    if rank == 0 or not int(step):
-        return state
-    return states.load(int(step))
+    for _ in range(_CHOICES):
+        state = states.newest() if rank == 0 else None
+        step = torch.tensor([state.step if state is not None else 0.0], dtype=torch.float64, device=device)
+        all_reduce(step)
+        missing = torch.zeros_like(step)
+        if rank != 0 and int(step):
+            try:
+                state = states.load(int(step))
+            except TornStateError:
+                missing += 1
+        all_reduce(missing)
+        if not int(missing):
+            return state
+        time.sleep(_SECONDS_BETWEEN_CHOICES)
+    raise CheckpointError(
+        f"expected a training state in {states.folder.uri} that all workers can read, found none in {_CHOICES} "
+        "attempts; is it a folder that all nodes share?"
+    )
 
 
 class _Asked:

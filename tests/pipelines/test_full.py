@@ -181,6 +181,7 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         assert parents == [(ids["smoke"],)] * 6
         query = "select count(*) from metrics where run_uuid = ? and key = ?"
         assert store.execute(query, (ids["train_vqvae"], "mse")).fetchone() == (6,)
+        assert store.execute(query, (ids["train_vqvae"], "epoch_usage")).fetchone() == (2,)
         assert store.execute(query, (ids["train_prior"], "validation_bits_per_token")).fetchone() == (2,)
         params = dict(store.execute("select key, value from params where run_uuid = ?", (ids["smoke"],)).fetchall())
         assert params["train.batch_size"] == "8"
@@ -281,12 +282,8 @@ def has(pattern: str):
 
 
 def has_checkpoint(stage: str):
-    """Ray Train has committed a checkpoint of the stage."""
-
-    def ready(root: Path) -> bool:
-        return any("step-" in path.read_text() for path in root.glob(f"{stage}-*/training-*/*snapshot.json"))
-
-    return ready
+    """There is a whole state of the stage."""
+    return has(f"{stage}-*/training-*/step-*/state.json")
 
 
 KILLS = {
@@ -327,22 +324,34 @@ def test_a_killed_driver_goes_on(done: tuple[Path, str], tmp_path: Path, where: 
         assert artifacts(root)["tokenize"].files == made["tokenize"].files
 
 
-def test_a_torn_list_of_checkpoints(tmp_path: Path) -> None:
-    """Ray Train rewrites its list in place: where a kill tears it, training goes on from the newest state all the
-    same."""
+def test_a_torn_and_an_altered_checkpoint(tmp_path: Path) -> None:
+    """Training goes on from the one before, names both, and comes to the same weights."""
     root = tmp_path / "root"
-    steps = ["--train.steps", "300", "--no-track"]
-    kill_when(root, has_checkpoint("train_vqvae"), *steps)
-    path = next(root.glob("train_vqvae-*/training-*/*snapshot.json"))
-    while time.time() - path.stat().st_mtime < 5:  # Ray's processes end some time after the driver
-        time.sleep(0.1)
-    path.write_bytes(path.read_bytes()[:-10])
-    done = program("train_vqvae", "--preset", "smoke", "--root", str(root), *steps)
-    assert done.returncode == 0, done.stderr
-    assert "the list of checkpoints was torn by a kill; going on from the newest whole one" in done.stdout
-    assert re.search(r"^train_vqvae: went on from step [1-9]\d*$", done.stdout, re.MULTILINE)
-    history = json.loads(next(root.glob("train_vqvae-*/history.json")).read_text())
-    assert [point["step"] for point in history] == list(range(4, 304, 4))
+    steps = ["--train.steps", "300", "--no-track", "--resources.keep-checkpoints", "4"]
+
+    def ready(root: Path) -> bool:
+        return len(list(root.glob("train_vqvae-*/training-*/step-*/state.json"))) >= 4
+
+    kill_when(root, ready, *steps)
+    time.sleep(5)  # Ray's processes end some time after the driver
+    places = sorted(path.parent for path in root.glob("train_vqvae-*/training-*/step-*/state.json"))
+    (places[-1] / "state.json").unlink()
+    data = bytearray((places[-2] / "state.safetensors").read_bytes())
+    data[-1] ^= 1
+    (places[-2] / "state.safetensors").write_bytes(data)
+    result = program("train_vqvae", "--preset", "smoke", "--root", str(root), *steps)
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if "going on from" in line)
+    assert f"expected a whole training state at {places[-1]}, found no state.json" in line
+    assert f"for {places[-2]}/state.safetensors" in line
+    assert line.endswith(f"going on from {places[-3]}")
+    assert f"train_vqvae: went on from step {int(places[-3].name.removeprefix('step-'))}" in result.stdout
+    made = artifacts(root)["train_vqvae"]
+    other = tmp_path / "other"
+    shutil.copytree(artifacts(root)["shard"].folder.uri, other / Path(artifacts(root)["shard"].folder.uri).name)
+    shutil.copytree(artifacts(root)["index"].folder.uri, other / Path(artifacts(root)["index"].folder.uri).name)
+    assert program("train_vqvae", "--preset", "smoke", "--root", str(other), *steps).returncode == 0
+    assert artifacts(other)["train_vqvae"].files == made.files
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "sample"])

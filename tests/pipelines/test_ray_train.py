@@ -1,0 +1,212 @@
+"""Training under Ray: what dies, what is asked for, what is impossible. Each run is a process of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipelines.test_cli import ROOT, assert_one_line
+from tests.pipelines.test_full import artifacts
+from tests.vqvae_core.shards import make_images
+from vqvae_core.artifacts import MANIFEST, Artifact
+from vqvae_core.storage import Folder
+
+pytestmark = pytest.mark.slow
+STEPS = 400
+OPTIONS = ["--preset", "smoke", "--no-track", "--train.steps", str(STEPS), "--train.precision", "fp32",
+           "--train.validate-every", "100", "--train.log-every", "10", "--resources.checkpoint-every", "20"]  # fmt: skip
+
+
+def command(root: Path, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "pipelines" / "train_vqvae.py"), "--root", str(root), *OPTIONS, *options]
+
+
+def run(root: Path, *options: str, **settings) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(root, *options), capture_output=True, text=True, timeout=300, **settings)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with one training on two ranks that nothing interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    result = run(root, "--resources.num-workers", "2")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return root
+
+
+@pytest.fixture
+def root(done: Path, tmp_path: Path) -> Path:
+    """A root with the same shards, and no model."""
+    for stage in ("index", "shard"):
+        place = Path(artifacts(done)[stage].folder.uri)
+        shutil.copytree(place, tmp_path / place.name)
+    return tmp_path
+
+
+def model(root: Path) -> Artifact:
+    return artifacts(root)["train_vqvae"]
+
+
+def start(root: Path, *options: str) -> subprocess.Popen[str]:
+    log = (root / "log").open("a")
+    return subprocess.Popen(command(root, *options), stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
+    begin = time.monotonic()
+    while not any(int(path.parent.name[5:]) >= step for path in root.glob("train_vqvae-*/training-*/step-*/state.json")):
+        assert process.poll() is None, (root / "log").read_text()
+        assert time.monotonic() - begin < 120
+        time.sleep(0.02)
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes of Ray Train's workers under a driver."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"RayTrainWorker" in path.read_bytes() and _under(int(path.parent.name), process.pid):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def _under(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+def test_a_killed_worker(done: Path, root: Path) -> None:
+    """Ray Train starts the group again; the weights, the table and the curves come out the same."""
+    process = start(root, "--resources.num-workers", "2")
+    wait_for_step(root, 60, process)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    assert process.wait(300) == 0, (root / "log").read_text()
+    assert re.search(r"^train_vqvae: went on from step [1-9]\d*$", (root / "log").read_text(), re.MULTILINE)
+    assert model(root).files == model(done).files
+
+
+def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(done: Path, root: Path) -> None:
+    process = start(root, "--resources.num-workers", "2", "--resources.checkpoint-every", "100000")
+    wait_for_step(root, 100, process)  # the first validation
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    assert process.wait(60) == 143
+    assert time.monotonic() - begin < 30
+    said = (root / "log").read_text()
+    assert "train_vqvae: asked to stop; a checkpoint is written first" in said
+    step = int(re.search(r"did so at step (\d+), after a checkpoint; the same command goes on from here", said).group(1))
+    result = run(root, "--resources.num-workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert f"train_vqvae: went on from step {step}" in result.stdout
+    assert model(root).files == model(done).files
+
+
+def test_another_number_of_workers_in_the_middle(done: Path, root: Path) -> None:
+    """Two ranks, then one: the same samples in each step, weights that differ by the order of sums only."""
+    process = start(root, "--resources.num-workers", "2")
+    wait_for_step(root, 200, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    result = run(root, "--resources.num-workers", "1")
+    assert result.returncode == 0, result.stderr
+    assert "went on from step" in result.stdout
+    assert model(root).facts["psnr_db"] == pytest.approx(model(done).facts["psnr_db"], abs=0.1)
+    history = json.loads(model(root).read("history.json"))
+    assert [point["step"] for point in history] == list(range(10, STEPS + 10, 10))
+
+
+def test_elastic_workers_take_what_there_is(done: Path, root: Path) -> None:
+    """Up to 4 asked for, 2 CPUs there: two train, and the result is theirs."""
+    options = ["--resources.num-workers", "4", "--resources.min-workers", "1", "--resources.cpus-per-worker", "1"]
+    result = run(root, *options)
+    assert result.returncode == 0, result.stderr
+    assert model(root).files == model(done).files
+
+
+def test_impossible_resources_fail_within_seconds(root: Path) -> None:
+    begin = time.monotonic()
+    result = run(root, "--resources.num-workers", "4", "--resources.cpus-per-worker", "64")
+    assert_one_line(result, "expected 256 CPUs (4 workers with 64 each), the cluster has")
+    assert time.monotonic() - begin < 60
+
+
+def test_processes_that_decode_change_nothing(done: Path, root: Path) -> None:
+    result = run(root, "--resources.num-workers", "2", "--resources.loader-workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert model(root).files == model(done).files
+
+
+def test_pieces_of_a_batch_make_the_same_up_to_the_order_of_sums(done: Path, root: Path) -> None:
+    result = run(root, "--resources.num-workers", "2", "--resources.micro-batch", "2")
+    assert result.returncode == 0, result.stderr
+    assert model(root).manifest.fingerprint == model(done).manifest.fingerprint
+    assert model(root).facts["psnr_db"] == pytest.approx(model(done).facts["psnr_db"], abs=0.1)
+
+
+def test_a_finished_training_whose_artifact_is_gone_says_so(done: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "root"
+    shutil.copytree(done, copy)
+    (Path(next(copy.glob("train_vqvae-*"))) / MANIFEST).unlink()
+    result = run(copy, "--resources.num-workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert f"train_vqvae: went on from step {STEPS} (it was finished)" in result.stdout
+    assert model(copy).files == model(done).files
+
+
+def test_a_checkpoint_of_another_config_is_refused(done: Path, root: Path) -> None:
+    process = start(root, "--resources.num-workers", "2")
+    wait_for_step(root, 20, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    place = next(root.glob("train_vqvae-*/training-*"))
+    index = sorted(place.glob("step-*/state.json"))[-1]
+    index.write_text(json.dumps({**json.loads(index.read_text()), "identity": "another"}))
+    result = run(root, "--resources.num-workers", "2")
+    assert_one_line(result, "expected the training state of run", "found one of run another", "move that folder away")
+
+
+def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None:
+    """The same recipe over other contents is another work: old states are not used."""
+    process = start(root, "--resources.num-workers", "2")
+    wait_for_step(root, 20, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    shard = next(root.glob("shard-*"))
+    manifest = json.loads((shard / MANIFEST).read_text())
+    images = make_images(Folder.of(root / "made"), [96], size=32, validation=48)
+    for path in (root / "made").iterdir():
+        if path.name != MANIFEST:
+            shutil.copy(path, shard / path.name)
+    made = images.artifact.manifest
+    manifest |= {"files": dict(made.files), "content": made.content}
+    (shard / MANIFEST).write_text(json.dumps(manifest))
+    result = run(root, "--resources.num-workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert "went on from step" not in result.stdout
+    assert len(list(root.glob("train_vqvae-*/training-*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--resources.num-workers", "3"], ["expected a number of workers that divides --train.num-lanes 4, found 3"]),
+        (["--train.batch-size", "10"], ["num_lanes must divide batch_size 10, was 4; the largest that does is 2"]),
+        (["--train.batch-size", "4000", "--train.num-lanes", "4"], ["expected at least one batch of 4000 samples"]),
+        (["--augment.crop-size", "64"], ["expected a crop_size of at most 32, the size of the stored images, was 64"]),
+        (["--train.learning-rate", "1e18"], ["expected finite numbers, found", "in step", "lower the learning rate"]),
+    ],
+)
+def test_bad_input(root: Path, options: list[str], words: list[str]) -> None:
+    assert_one_line(run(root, *options), *words)
