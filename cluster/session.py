@@ -75,20 +75,27 @@ class Session:
             found.close()
             self._open.remove(found)
 
-    def check(self, *, num_workers: int, cpus_per_worker: int | None, use_gpu: bool) -> int:
-        """CPUs for each worker. Raises `ResourceError` at once where the cluster cannot hold the workers."""
+    def check(
+        self, *, num_workers: int, cpus_per_worker: int | None, use_gpu: bool, min_workers: int | None = None
+    ) -> int:
+        """CPUs for each worker. min_workers: as many as are needed, where the number may change.
+
+        Raises `ResourceError` at once where the cluster cannot hold the workers.
+        """
         resources = self.connect().cluster_resources()
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        if use_gpu and gpus < num_workers:
+        option = "--resources.num-workers" if min_workers is None else "--resources.min-workers"
+        needed = min_workers or num_workers
+        if use_gpu and gpus < needed:
             raise ResourceError(
-                f"expected {num_workers} GPUs (one a worker), the cluster has {gpus}; lower --resources.num-workers "
+                f"expected {needed} GPUs (one a worker), the cluster has {gpus}; lower {option} "
                 "or leave out --resources.use-gpu"
             )
         each = cpus_per_worker or max(1, min(cpus // num_workers, self.cpus_of_largest_node()))
-        if each * num_workers > cpus:
+        if each * needed > cpus:
             raise ResourceError(
-                f"expected {each * num_workers} CPUs ({num_workers} workers with {each} each), the cluster has {cpus}; "
-                "lower --resources.num-workers or --resources.cpus-per-worker"
+                f"expected {each * needed} CPUs ({needed} workers with {each} each), the cluster has {cpus}; "
+                f"lower {option} or --resources.cpus-per-worker"
             )
         return each
 

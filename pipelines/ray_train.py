@@ -88,11 +88,7 @@ def fit(
     Raises what the loop raised, or `TrainingFailedError`.
     """
     resources = pipeline.resources
-    cpus = pipeline.session.check(
-        num_workers=resources.min_workers or resources.num_workers,
-        cpus_per_worker=resources.cpus_per_worker,
-        use_gpu=resources.use_gpu,
-    )
+    cpus = pipeline.cpus_per_worker()
     elastic = resources.min_workers is not None
     os.environ.setdefault(
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _ELASTIC_START_SECONDS if elastic else _START_SECONDS

@@ -153,11 +153,7 @@ class Pipeline:
         if artifact is None:
             work = hash_json({"fingerprint": fingerprint, "inputs": {k: reference(v) for k, v in inputs.items()}})[:16]
             # Before any work: impossible resources fail within seconds.
-            self.session.check(
-                num_workers=self.resources.num_workers,
-                cpus_per_worker=self.resources.cpus_per_worker,
-                use_gpu=self.resources.use_gpu,
-            )
+            self.cpus_per_worker()
             run = self.tracker.stage(stage, work, recipe, inputs)
             folder.sweep()
             try:
@@ -189,6 +185,16 @@ class Pipeline:
         self.reports.append(StageReport(stage, artifact, reused, seconds, work_seconds))
         print(f"{stage}: {'reused' if reused else f'made in {seconds:.1f} s'}  {folder.uri}", flush=True)
         return artifact
+
+    def cpus_per_worker(self) -> int:
+        """CPUs of each training worker. Raises `ResourceError` where the cluster has less than is asked for."""
+        resources = self.resources
+        return self.session.check(
+            num_workers=resources.num_workers,
+            cpus_per_worker=resources.cpus_per_worker,
+            use_gpu=resources.use_gpu,
+            min_workers=resources.min_workers,
+        )
 
     def _reusable(self, folder: Folder, kind: str, inputs: Mapping[str, Artifact]) -> Artifact | None:
         if not folder.exists(MANIFEST):
