@@ -106,4 +106,7 @@ def test_the_order_is_pinned() -> None:
     assert batches(stop=1) == [GOLDEN]
 
 
-GOLDEN: list[Place] = []
+GOLDEN: list[Place] = [
+    (2, 4), (3, 1), (0, 3), (0, 2), (0, 13), (0, 14), (0, 25), (0, 24), (0, 35), (1, 2), (1, 11), (1, 16), (1, 25),
+    (1, 28), (1, 38), (1, 34),
+]  # fmt: skip
