@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -101,6 +101,7 @@ class ImageLoader:
         return _Processes(self._num_workers, begin, batches, self._warn)
 
 
+@runtime_checkable
 class _Crew(Protocol):
     """Who decodes. Shards are known by their number in the order's files; batches lie one behind the other."""
 
