@@ -42,7 +42,7 @@ class PriorTraining:
     def pictures(self) -> dict[str, bytes]:
         return {}
 
-    def score(self, metrics: Mapping[str, float]) -> float:
+    def score(self, metrics: Mapping[str, int | float]) -> float:
         return metrics["validation_bits_per_token"]
 
     def validate(self) -> dict[str, float]:

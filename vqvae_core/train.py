@@ -69,7 +69,7 @@ class Trainable(Protocol):
         """PNG files by name: what to look at after a validation."""
         ...
 
-    def score(self, metrics: Mapping[str, float]) -> float:
+    def score(self, metrics: Mapping[str, int | float]) -> float:
         """How bad a validation was: the weights with the lowest score are the best."""
         ...
 
@@ -91,8 +91,8 @@ class Worker:
 
     micro_batch: samples that the device takes at once; more are taken one part after the other; None: all.
     all_reduce: sums a tensor over ranks, in place. log(step, metrics), show(step, pictures) and save(state, step of the
-    best state) are called on rank 0; save may go on in the background until flush(). load(step): a saved state. warn(line): to whoever
-    watches. asked(), on rank 0 after each step: whether to save now, or to save and stop with `StoppedError`.
+    best state) are called on rank 0; save may go on in the background until flush(). load(step): a saved state. warn(line): to
+    whoever watches. asked(), on rank 0 after each step: whether to save now, or to save and stop with `StoppedError`.
     compile: where the device gains from it.
     """
 
@@ -143,7 +143,6 @@ class _Curves:
         """In double precision, so that metrics that came out of a state count as those that did not."""
         count = len(self.pending)
         return {name: sum(float(point[name]) for point in self.pending) / count for name in self.pending[0]}
-
 
 
 def best_step(history: History, task: Trainable) -> int | None:
@@ -204,7 +203,7 @@ class _Loop:
         self._curves.pending = [
             {name: torch.tensor(value, dtype=torch.float64) for name, value in point.items()} for point in state.pending
         ]
-        self._saved, self._best = state.step, self._best_step(curves.history, self._task)
+        self._saved, self._best = state.step, best_step(state.history, self._task)
         return state.step
 
     def _step(self, pieces: list[tuple[Any, Piece]], step: int) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ class VQVAETraining:
     def pictures(self) -> dict[str, bytes]:
         return {"reconstructions.png": comparison(self.model, self._validation, self._precision, self._worker.device)}
 
-    def score(self, metrics: Mapping[str, float]) -> float:
+    def score(self, metrics: Mapping[str, int | float]) -> float:
         return -metrics["validation_psnr_db"]
 
 

@@ -97,8 +97,8 @@ def test_both_decoders_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> N
     others += [_saved(picture, exif=turned), _in_two_segments(turned.tobytes(), plain[0])]
     others += [_saved(picture, xmp=b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="3"/>')]
     others += [plain[0][:2] + b"\0\0" + plain[0][2:], plain[5].replace(b"\xff\xd1", b"\xff\xd5")]
-    assert None not in map(images._plain_jpeg, plain)
-    assert {*map(images._plain_jpeg, others[:-1])} == {None}  # the last one is plain, and broken
+    assert None not in map(decoding._plain_jpeg, plain)
+    assert {*map(decoding._plain_jpeg, others[:-1])} == {None}  # the last one is plain, and broken
     found: list[bytes] = []
     assert decoding.simplejpeg is not None
     decode_jpeg = decoding.simplejpeg.decode_jpeg
@@ -112,7 +112,7 @@ def test_both_decoders_see_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> N
     pixels = [_pixels_or_reason(data) for data in plain + others]
     assert found == plain
     assert "cannot be decoded: OSError" in _pixels_or_reason(plain[0][:-700])
-    monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(decoding, "simplejpeg", None)
     for data, before in zip(plain + others, pixels, strict=True):
         assert np.array_equal(_pixels_or_reason(data), before)
     for number in (1, 2, 3):
@@ -171,7 +171,7 @@ def test_broken_bytes(data: bytes) -> None:
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 200)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 200)
     with pytest.raises(ImageError, match="too large: 20 x 12 is more than 200 pixels"):
         decode(encode(PIXELS, "png"))
 
