@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
@@ -220,12 +219,11 @@ class _Thread:
 
 
 class _Process:
-    """One process, what it has open, and what it was asked for and has not answered."""
+    """One process, and a log of what it was told that another in its place would have to be told again."""
 
     def __init__(self, begin: dict[str, Any], batches: MappedFile) -> None:
         self._begin, self._batches = begin, batches
-        self._shards: dict[int, tuple[MappedFile, str]] = {}
-        self._asked: deque[dict[str, Any]] = deque()
+        self._log: list[tuple[dict[str, Any], int | None]] = []  # messages with an open file, our own
         self._start()
 
     def _start(self) -> None:
@@ -242,36 +240,42 @@ class _Process:
         self.channel.send(self._begin, self._batches.file)
 
     def restart(self) -> None:
-        """Another process in its place, that does what this one had not answered."""
+        """Another process in its place, that has the same shards open and does what this one had not answered."""
         self.channel.close()
         self.process.wait()
         self._start()
-        for shard, (file, where) in self._shards.items():
-            self.channel.send({"do": "open", "shard": shard, "where": where}, file.file)
-        for message in self._asked:
-            self.channel.send(message)
+        for message, file in self._log:
+            self.channel.send(message, file)
 
-    def open(self, shard: int, file: MappedFile, where: str) -> None:
-        self._shards[shard] = (file, where)
-        self.channel.send({"do": "open", "shard": shard, "where": where}, file.file)
-
-    def close(self, shard: int) -> None:
-        del self._shards[shard]
-        self.channel.send({"do": "close", "shard": shard})
-
-    def ask(self, message: dict[str, Any]) -> None:
-        self._asked.append(message)
-        self.channel.send(message)
+    def tell(self, message: dict[str, Any], file: int | None = None) -> None:
+        self._log.append((message, None if file is None else os.dup(file)))
+        self.channel.send(message, file)
 
     def answer(self) -> dict[str, Any]:
         message, _ = self.channel.receive()
-        self._asked.popleft()
+        kinds = [told["do"] for told, _ in self._log]
+        del self._log[kinds.index("decode")]
+        self._forget_closed()
         return message
+
+    def _forget_closed(self) -> None:
+        """Shards that were closed before the oldest question that is not answered are not needed again."""
+        kinds = [told["do"] for told, _ in self._log]
+        oldest = kinds.index("decode") if "decode" in kinds else len(kinds)
+        for told, _ in [entry for entry in self._log[:oldest] if entry[0]["do"] == "close"]:
+            for _ in ("open", "close"):
+                number = next(n for n, (one, _) in enumerate(self._log) if one.get("shard") == told["shard"])
+                _, file = self._log.pop(number)
+                if file is not None:
+                    os.close(file)
 
     def end(self) -> None:
         self.channel.close()
         self.process.terminate()
         self.process.wait()
+        for _, file in self._log:
+            if file is not None:
+                os.close(file)
 
 
 class _Processes:
@@ -307,18 +311,20 @@ class _Processes:
 
     def open(self, shard: int, file: MappedFile, where: str) -> None:
         for process in self._processes:
-            self._mended(process, lambda process=process: process.open(shard, file, where))
+            message = {"do": "open", "shard": shard, "where": where}
+            self._mended(process, lambda process=process, message=message: process.tell(message, file.file))
 
     def close(self, shard: int) -> None:
         for process in self._processes:
-            self._mended(process, lambda process=process: process.close(shard))
+            message = {"do": "close", "shard": shard}
+            self._mended(process, lambda process=process, message=message: process.tell(message))
 
     def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
         cuts = [len(rows) * number // len(self._processes) for number in range(len(self._processes) + 1)]
         for process, begin, end in zip(self._processes, cuts, cuts[1:], strict=False):
             message = {"do": "decode", "step": step, "epoch": epoch, "first": first + begin,
                        "shards": shards[begin:end].tolist(), "rows": rows[begin:end].tolist()}  # fmt: skip
-            self._mended(process, lambda process=process, message=message: process.ask(message))
+            self._mended(process, lambda process=process, message=message: process.tell(message))
 
     def wait(self, step: int) -> None:
         for process in self._processes:

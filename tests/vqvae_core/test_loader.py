@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,28 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(images: ImageShards) -
         "a process that decodes training images ended by signal SIGKILL"
     ] * 2
     assert not children()
+
+
+def test_a_process_that_is_killed_while_its_shards_are_closed(tmp_path: Path) -> None:
+    """It hangs, so that many questions wait whose shards are closed behind them; another one answers them all."""
+    rows = [2] * 24
+    images = make_images(Folder.of(tmp_path), rows)
+    config = OrderConfig(batch_size=8, num_lanes=4, shuffle_window=2, seed=1)
+    loader = ImageLoader(images, config, AugmentConfig(), num_workers=2, warn=lambda line: None)
+    known = {picture(number).tobytes(): number for number in range(sum(rows))}
+    found = []
+    before = len(os.listdir("/proc/self/fd"))
+    for step, batch in enumerate(loader.batches(0, 30)):
+        found.append([known[pixels.numpy().tobytes()] for pixels in batch])
+        if step in (3, 15):
+            hung = children()[0]
+            os.kill(hung, signal.SIGSTOP)
+            threading.Timer(0.5, os.kill, (hung, signal.SIGKILL)).start()
+    del batch  # the last one holds its map
+    starts = np.cumsum([0, *rows])
+    places = [loader.order.batch(step, loader.lanes) for step in range(30)]
+    assert found == [(starts[place.files] + place.rows).tolist() for place in places]
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_processes_that_die_again_and_again_end_training(images: ImageShards) -> None:
