@@ -42,12 +42,12 @@ from vqvae_core.loader import ImageLoader
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.storage import Folder
 from vqvae_core.train import Worker, train
-from vqvae_core.train_config import TrainConfig
+from vqvae_core.train_config import Precision, TrainConfig
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining
 
 SHARDS, PER_SHARD, SIZE, BATCH, LANES, GRACE_SECONDS = 37, 41, 16, 24, 6, 30
-RUNS = {"fp32_3_ranks": ("fp32", 3), "bf16_2_ranks": ("bf16", 2)}
+RUNS: dict[str, tuple[Precision, int]] = {"fp32_3_ranks": ("fp32", 3), "bf16_2_ranks": ("bf16", 2)}
 KINDS = ("worker", "driver", "node", "sigterm")
 
 
@@ -83,15 +83,14 @@ def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None)
     records = Path(settings["records"])
     (records / f"pid-{os.getpid()}").write_text(str(worker.rank))
     history = train(task, Recorded(loader, records, worker.rank), config, worker, settings["identity"], resume)
-    made = {
+    return {
         "weights": hash_bytes(save_model(model)),
-        "table": hash_bytes(model.quantizer.table.detach().numpy().tobytes()),
+        "table": hash_bytes(model.state_dict()["quantizer.table"].numpy().tobytes()),
         "history": hash_bytes(json.dumps(history).encode()),
         "steps_per_epoch": loader.order.steps_per_epoch,
         "samples": loader.order.num_samples,
         "left_out": loader.order.left_out,
     }
-    return made
 
 
 class _Silent:
@@ -175,7 +174,9 @@ class Run:
         last = 0
         for path in self.records.glob("rank0-*.jsonl"):
             lines = path.read_bytes()[-4000:].split(b"\n")
-            last = max([last, *(int(line[1 : line.index(b",")]) for line in lines if line.startswith(b"[") and b"," in line)])
+            last = max(
+                [last, *(int(line[1 : line.index(b",")]) for line in lines if line.startswith(b"[") and b"," in line)]
+            )
         return last
 
     def workers(self) -> list[int]:
@@ -262,7 +263,7 @@ def samples(run: Run, made: dict[str, Any], steps: int) -> dict[str, int]:
 
 
 def compare(name: str, kills: int, steps: int, seed: int) -> tuple[list[Bar], dict[str, Any]]:
-    rng = random.Random(f"{seed}-{name}")
+    rng = random.Random(f"{seed}-{name}")  # noqa: S311
     _, ranks = RUNS[name]
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

@@ -4,9 +4,9 @@
     python -m benchmarks.quantizer --quick
 
 N = 65,536 latents of length D = 64, tables of K = 512 and 8,192, fp32, eval. The product is that of latents and table
-into a tensor that is there already: what every distance is made of. vector-quantize-pytorch (an extra, left out where it
-is not installed) runs its whole forward, as ours does. Bars: nearest_codes at most 1.5 times the product; the forward at
-least 8 times (K=512) and 4 times (K=8,192) as fast as theirs; at most 64 MiB beyond inputs and outputs.
+into a tensor that is there already: what every distance is made of. vector-quantize-pytorch (an extra, left out where
+it is not installed) runs its whole forward, as ours does. Bars: nearest_codes at most 1.5 times the product; the
+forward at least 8 times (K=512) and 4 times (K=8,192) as fast as theirs; at most 64 MiB beyond inputs and outputs.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def _device_name(device: str) -> str:
 def _inputs(size: int, device: str) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Latents as rows, the same as an encoder gives them (channels_last), and a quantizer of that size."""
     torch.manual_seed(0)
-    quantizer = make_quantizer(QuantizerConfig(num_codes=size, code_dim=D)).to(device).eval()
+    quantizer: Any = make_quantizer(QuantizerConfig(num_codes=size, code_dim=D)).to(device).eval()
     with torch.no_grad():
         quantizer.table.copy_(torch.randn(size, D))
     rows = torch.randn(N, D, device=device)
@@ -100,7 +100,7 @@ def _wait(device: str) -> None:
 
 def _peer(size: int, device: str) -> Any:
     try:
-        from vector_quantize_pytorch import VectorQuantize
+        from vector_quantize_pytorch import VectorQuantize  # pyright: ignore[reportMissingImports]
     except ImportError:
         print("vector-quantize-pytorch is not installed: left out", flush=True)
         return None

@@ -4,8 +4,8 @@
     python -m benchmarks.scaling --quick
 
 The demo's model on 84x84 images that are read from shards, 16 images a rank and step, a thread a rank, in the precision
-that the machine is best at. Rates are of the stretch after the first 50 steps. The two independent processes run side by
-side: whatever cores share, they share too, so their summed rate is the limit. Bar: at least 93 % of it.
+that the machine is best at. Rates are of the stretch after the first 50 steps. The two independent processes run side
+by side: whatever cores share, they share too, so their summed rate is the limit. Bar: at least 93 % of it.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     python -m benchmarks.stream            # 5 rounds
     python -m benchmarks.stream --quick
 
-84x84 PNG frames and 128x128 JPEGs (quality 95, 4:4:4), in shards of 1,024 on a local disk, all in memory of the operating
-system. All rivals decode with the same function on 2 processes and 2 CPUs and give batches of 64; the process that takes
-them does nothing else. The bare loop decodes encoded images that are in its memory and keeps none. Rates and CPU time are
-of the stretch after the first batches, without any start. Bars: at least 90 % of the bare loop; CPU time an image beyond
-bare decoding at most half of WebLoader's; at least 1.5 times Ray Data; peak memory that does not grow with the images.
+84x84 PNG frames and 128x128 JPEGs (quality 95, 4:4:4), in shards of 1,024 on a local disk, all in memory of the
+operating system. All rivals decode with the same function on 2 processes and 2 CPUs and give batches of 64; the process
+that takes them does nothing else. The bare loop decodes encoded images that are in its memory and keeps none. Rates and
+CPU time are of the stretch after the first batches, without any start. Bars: at least 90 % of the bare loop; CPU time
+an image beyond bare decoding at most half of WebLoader's; at least 1.5 times Ray Data; peak memory that does not grow
+with the images.
 """
 
 import argparse
@@ -116,18 +117,18 @@ def loader_batches(images: ImageShards, count: int) -> Iterator[Any]:
 def web_batches(images: ImageShards, count: int) -> Iterator[Any]:
     """As the library's guide does it, with the same decoder and a shuffle as wide as a lane's window."""
     import torch
-    import webdataset
+    from webdataset import WebDataset, WebLoader
 
     urls = [images.artifact.folder.path(path) for path in images.shards("train")]
     image_format = next(iter(images.read(images.shards("train")[0]))).image_format
     dataset = (
-        webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0)
+        WebDataset(urls, shardshuffle=len(urls), seed=0)
         .shuffle(1024)
         .to_tuple(image_format)
         .map_tuple(decode)
         .batched(BATCH, collation_fn=lambda samples: torch.from_numpy(np.stack([sample[0] for sample in samples])))
     )
-    loader = webdataset.WebLoader(dataset, batch_size=None, num_workers=PROCESSES)
+    loader = WebLoader(dataset, batch_size=None, num_workers=PROCESSES)
     number = 0
     while number < count:  # a worker drops what does not fill its last batch
         for batch in loader:
@@ -141,7 +142,7 @@ def ray_batches(images: ImageShards, count: int) -> Iterator[Any]:
     image_format = next(iter(images.read(images.shards("train")[0]))).image_format
     urls = [images.artifact.folder.path(path) for path in images.shards("train")]
 
-    def decoded(batch: dict[str, Any]) -> dict[str, Any]:
+    def decoded(batch: Any) -> Any:
         return {"pixels": np.stack([decode(data) for data in batch[image_format]])}
 
     number = 0

@@ -5,11 +5,11 @@
 
 The paper's model (256 channels, 128x128 images, K=512), batch 16 on a CPU. Rivals: a loop as one writes it by hand, in
 fp32 with plain (contiguous) and with channels_last tensors. The project's loop runs as training does, in the precision
-that the machine is best at. Bars: on a CPU with AMX at least 4 times plain fp32, elsewhere at least the speed of fp32 with
-channels_last; at most 5 % of the time outside forward, backward and optimizer.
+that the machine is best at. Bars: on a CPU with AMX at least 4 times plain fp32, elsewhere at least the speed of fp32
+with channels_last; at most 5 % of the time outside forward, backward and optimizer.
 
-On a GPU: images/s, share of the measured rate of a bf16 matrix product, and memory for batches of 128 to 1,024, compiled
-and not, and the quantizer's share of a step. Bar: at least 35 % of that rate at the best batch.
+On a GPU: images/s, share of the measured rate of a bf16 matrix product, and memory for batches of 128 to 1,024,
+compiled and not, and the quantizer's share of a step. Bar: at least 35 % of that rate at the best batch.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python pipelines/order.py runs/doom84/shard-0123456789ab --world-sizes 1 2 4 8 --steps 200 --batch-size 64
 
-Prints a hash over the sets of sample keys of each step, for each number of ranks and for a run that goes from one to the
-next, and exits 1 where they differ. --decode compares the pictures too, as loaders with 0 to 3 processes give them.
+Prints a hash over the sets of sample keys of each step, for each number of ranks and for a run that goes from one to
+the next, and exits 1 where they differ. --decode compares the pictures too, as loaders with 0 to 3 processes give them.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="order.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="order.py", description=str(__doc__).splitlines()[0])
     parser.add_argument("artifact", help="folder of image shards, local or s3://")
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=0, help="0: one epoch")
@@ -77,7 +77,9 @@ def _keys(images: ImageShards, order: Order, plans: dict[str, list[int]]) -> dic
             members = []
             for rank in range(world_size):
                 places = order.batch(step, lanes_of(rank, world_size, order.config))
-                members += [keys[order.files[file][0]][row] for file, row in zip(places.files, places.rows, strict=True)]
+                members += [
+                    keys[order.files[file][0]][row] for file, row in zip(places.files, places.rows, strict=True)
+                ]
             if len(set(members)) != order.config.batch_size:
                 raise InputError(f"expected {order.config.batch_size} different samples in step {step}")
             digest.update("\n".join(sorted(members)).encode() + b"\0")

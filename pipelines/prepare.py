@@ -18,8 +18,8 @@ from pipelines.sources.base import Entry, ReadsAhead, Run, SourceError, SourceIt
 from pipelines.sources.files import forget_files
 from vqvae_core.artifacts import Artifact, hash_bytes
 from vqvae_core.checkpoint import config_from_json
-from vqvae_core.image_shards import Sample
 from vqvae_core.decoding import ImageError, Picture, load
+from vqvae_core.image_shards import Sample
 from vqvae_core.images import encode, resize_and_crop
 from vqvae_core.storage import Folder
 

@@ -215,8 +215,8 @@ class _Follower:
 
         leaving = self._session.leaving_nodes()
         if leaving and time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
-            mine = leaving & ray.get(self._board.nodes.remote(), timeout=10)
-            if mine:
+            trains: set[str] = ray.get(self._board.nodes.remote(), timeout=10)
+            if leaving & trains:
                 if not self._saved:
                     print(f"{self._name}: a node is about to be taken away, a checkpoint is written", flush=True)
                 self._saved = time.monotonic()
@@ -367,7 +367,7 @@ class _Asked:
         self._end.set()
 
     def take(self) -> Any:
-        """"", save or stop; a save is given once."""
+        """ "", save or stop; a save is given once."""
         asked = self._asked
         if asked == "save":
             self._asked = ""

@@ -187,12 +187,12 @@ class StageRun:
     def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """PNG files by name, of a step."""
         run_id = self.run_id
-        for name, data in pictures.items() if run_id is not None else ():
-            stem = name.removesuffix(".png")
+        if run_id is None:
+            return
+        for name, data in pictures.items():
+            file = f"{name.removesuffix('.png')}-{step:06d}.png"
             self._tracker.attempt(
-                lambda stem=stem, data=data: _log_file(
-                    self._tracker.client, run_id, f"{stem}-{step:06d}.png", data, folder="validation"
-                )
+                lambda file=file, data=data: _log_file(self._tracker.client, run_id, file, data, folder="validation")
             )
 
     def fail(self) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-
 _ALIGNMENT = 16  # elements: vector instructions want each gradient to begin at a multiple of their width
 
 

@@ -1,6 +1,6 @@
 """A process of a loader: it decodes images of mapped shards into mapped batches, until its loader is gone.
 
-    python -m vqvae_core.loader_worker SOCKET_NUMBER     # started by vqvae_core.loader only
+python -m vqvae_core.loader_worker SOCKET_NUMBER     # started by vqvae_core.loader only
 """
 
 import mmap

@@ -1,5 +1,6 @@
 """Files of an artifact in memory: mapped where they are local, else fetched once into a file without a name."""
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -52,7 +53,5 @@ class MappedFile:
 
     def close(self) -> None:
         os.close(self.file)
-        try:
+        with contextlib.suppress(BufferError):  # somebody still looks at it: it goes with the last view
             self.data.close()
-        except BufferError:
-            pass  # somebody still looks at it: it goes with the last view

@@ -89,9 +89,9 @@ def _keep(_: Tensor) -> None:
 class Worker:
     """Where a training loop runs: one of `world_size` ranks, and the way out for what it reports.
 
-    micro_batch: samples that the device takes at once; more are taken one part after the other; None: all.
-    all_reduce: sums a tensor over ranks, in place. log(step, metrics), show(step, pictures) and save(state, step of the
-    best state) are called on rank 0; save may go on in the background until flush(). load(step): a saved state. warn(line): to
+    micro_batch: samples that the device takes at once; more are taken one part after the other; None: all. all_reduce:
+    sums a tensor over ranks, in place. log(step, metrics), show(step, pictures) and save(state, step of the best state)
+    are called on rank 0; save may go on in the background until flush(). load(step): a saved state. warn(line): to
     whoever watches. asked(), on rank 0 after each step: whether to save now, or to save and stop with `StoppedError`.
     compile: where the device gains from it.
     """
@@ -222,9 +222,7 @@ class _Loop:
             sums = found if number == 0 else [one + other for one, other in zip(sums, found, strict=True)]
             (output.loss / len(pieces)).backward()
         sums = self._gradients.reduce(self._worker.all_reduce, self._worker.world_size, sums)
-        metrics = {
-            name: value / self._worker.world_size for name, value in zip(names, sums[: len(names)], strict=True)
-        }
+        metrics = {name: value / self._worker.world_size for name, value in zip(names, sums[: len(names)], strict=True)}
         metrics["gradient_norm"] = norm = self._gradients.norm()
         if self._config.max_gradient_norm is not None:
             self._gradients.clip(norm, self._config.max_gradient_norm)
@@ -304,11 +302,12 @@ def _deterministic(wanted: bool, device: str) -> Iterator[None]:
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module that is an object
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a check for forgotten values, at the cost of a pass
+    settings.fill_uninitialized_memory = False  # a check for forgotten values, at the cost of a pass
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        settings.fill_uninitialized_memory = before[1]

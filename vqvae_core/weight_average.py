@@ -10,11 +10,13 @@ MODEL, AVERAGE = "model.", "average."  # how names in a training state begin
 
 
 class WeightAverage:
-    """The average of what a model is trained in. Early steps count for less: the decay of step t is at most (1 + t) / (10 + t)."""
+    """The average of what a model is trained in. The decay of step t is at most (1 + t) / (10 + t), so that the first
+    weights are soon forgotten."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._names, self._parameters, self._decay = list(trained), list(trained.values()), decay
+        self._names, self._decay = list(trained), decay
+        self._parameters: list[Tensor] = list(trained.values())
         self._average = [parameter.detach().clone() for parameter in self._parameters]
 
     @torch.no_grad()

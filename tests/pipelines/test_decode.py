@@ -12,9 +12,9 @@ from pipelines import decode
 from tests.pipelines.test_golden import VQVAE_CONFIG, weights
 from vqvae_core.artifacts import Artifact, FileEntry, commit
 from vqvae_core.checkpoint import save_model
+from vqvae_core.decoding import decode as pixels_of
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import KEY_PATTERN
-from vqvae_core.decoding import decode as pixels_of
 from vqvae_core.images import grid
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import KIND, TokenShape, write_parquet

@@ -20,8 +20,10 @@ from vqvae_core.storage import Folder
 
 pytestmark = pytest.mark.slow
 STEPS = 400
-OPTIONS = ["--preset", "smoke", "--no-track", "--train.steps", str(STEPS), "--train.precision", "fp32",
-           "--train.validate-every", "100", "--train.log-every", "10", "--resources.checkpoint-every", "20"]  # fmt: skip
+OPTIONS = [
+    "--preset", "smoke", "--no-track", "--train.steps", str(STEPS), "--train.precision", "fp32",
+    "--train.validate-every", "100", "--train.log-every", "10", "--resources.checkpoint-every", "20",
+]  # fmt: skip
 
 
 def command(root: Path, *options: str) -> list[str]:
@@ -61,7 +63,9 @@ def start(root: Path, *options: str) -> subprocess.Popen[str]:
 
 def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
     begin = time.monotonic()
-    while not any(int(path.parent.name[5:]) >= step for path in root.glob("train_vqvae-*/training-*/step-*/state.json")):
+    while not any(
+        int(path.parent.name[5:]) >= step for path in root.glob("train_vqvae-*/training-*/step-*/state.json")
+    ):
         assert process.poll() is None, (root / "log").read_text()
         assert time.monotonic() - begin < 120
         time.sleep(0.02)
@@ -106,7 +110,9 @@ def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(done: Path, roo
     assert time.monotonic() - begin < 30
     said = (root / "log").read_text()
     assert "train_vqvae: asked to stop; a checkpoint is written first" in said
-    step = int(re.search(r"did so at step (\d+), after a checkpoint; the same command goes on from here", said).group(1))
+    step = int(
+        re.search(r"did so at step (\d+), after a checkpoint; the same command goes on from here", said).group(1)
+    )
     result = run(root, "--resources.num-workers", "2")
     assert result.returncode == 0, result.stderr
     assert f"train_vqvae: went on from step {step}" in result.stdout

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from vqvae_core.artifacts import Artifact, FileEntry, commit
+from vqvae_core.artifacts import FileEntry, commit
 from vqvae_core.image_shards import ImageShards, Sample, write_tar
 from vqvae_core.images import encode
 from vqvae_core.order import Order, OrderConfig, lanes_of
@@ -22,7 +22,7 @@ def key_of(number: int) -> str:
 
 
 def make_images(folder: Folder, rows: Sequence[int], *, size: int = 8, validation: int = 4) -> ImageShards:
-    """An ImageShards artifact with so many pictures in each train shard, numbered through, then those for validation."""
+    """An ImageShards artifact with so many pictures in each train shard, numbered through, and more for validation."""
     files, number = [], 0
     names = [f"train-{shard:06d}.tar" for shard in range(len(rows))] + ["validation-000000.tar"]
     for name, count in zip(names, [*rows, validation], strict=True):

@@ -49,9 +49,7 @@ def test_batches_are_those_of_the_order(images: ImageShards, num_workers: int) -
 def test_ranks_and_a_resume(images: ImageShards, num_workers: int) -> None:
     whole = expected(ImageLoader(images, CONFIG, AugmentConfig()), 0, 12)
     parts = [
-        numbers(
-            ImageLoader(images, CONFIG, AugmentConfig(), rank=rank, world_size=2, num_workers=num_workers), 7, 12
-        )
+        numbers(ImageLoader(images, CONFIG, AugmentConfig(), rank=rank, world_size=2, num_workers=num_workers), 7, 12)
         for rank in range(2)
     ]
     assert [one + other for one, other in zip(*parts, strict=True)] == whole[7:]
@@ -101,6 +99,10 @@ def test_from_s3(images: ImageShards, s3_bucket: str) -> None:
         assert numbers(loader, 0, 6) == expected(loader, 0, 6)
 
 
+def open_files() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
 def children() -> list[int]:
     own = Path(f"/proc/{os.getpid()}/task")
     found = [int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()]
@@ -131,7 +133,7 @@ def test_a_process_that_is_killed_while_its_shards_are_closed(tmp_path: Path) ->
     loader = ImageLoader(images, config, AugmentConfig(), num_workers=2, warn=lambda line: None)
     known = {picture(number).tobytes(): number for number in range(sum(rows))}
     found = []
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for step, batch in enumerate(loader.batches(0, 30)):
         found.append([known[pixels.numpy().tobytes()] for pixels in batch])
         if step in (3, 15):
@@ -142,12 +144,14 @@ def test_a_process_that_is_killed_while_its_shards_are_closed(tmp_path: Path) ->
     starts = np.cumsum([0, *rows])
     places = [loader.order.batch(step, loader.lanes) for step in range(30)]
     assert found == [(starts[place.files] + place.rows).tolist() for place in places]
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert open_files() <= before
 
 
 def test_processes_that_die_again_and_again_end_training(images: ImageShards) -> None:
     loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=1, warn=lambda line: None)
-    with pytest.raises(LoaderError, match=r"ended by signal SIGKILL, as 3 did before it; is memory short\? Lower --res"):
+    with pytest.raises(
+        LoaderError, match=r"ended by signal SIGKILL, as 3 did before it; is memory short\? Lower --res"
+    ):
         for _ in loader.batches(0, 400):
             for pid in children():
                 os.kill(pid, signal.SIGKILL)
@@ -184,13 +188,13 @@ def test_an_image_that_is_none_is_named(tmp_path: Path, num_workers: int, monkey
 
 
 def test_a_stream_that_is_left_early_leaves_nothing_behind(images: ImageShards) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for num_workers in (0, 2):
         stream = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=num_workers).batches(0, 400)
         next(stream)
         stream.close()  # type: ignore[attr-defined]
     assert not children()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert open_files() <= before
 
 
 def test_the_index_of_a_tar(images: ImageShards) -> None:

@@ -106,7 +106,7 @@ def test_resume_equals_no_interruption(tmp_path: Path, case: str) -> None:
     for step in (1, 2, 5, 6, 7, 12):
         folder.write(states[step])
         last: list[TrainingState] = []
-        worker = Worker(checkpoint_every=99, save=lambda state, best: last.append(state))
+        worker = Worker(checkpoint_every=99, save=lambda state, best, last=last: last.append(state))
         resumed, resumed_history = run(quantizer, schedule, worker, folder.load(step))
         assert same(whole, resumed), f"weights differ after a resume at step {step}"
         assert resumed_history == history
@@ -237,7 +237,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(monkeypatch: p
         return images * float("nan") if len(calls) == 9 else images  # one call is for the start of the table
 
     monkeypatch.setattr(VQVAETraining, "_images", poisoned)
-    with pytest.raises(NonFiniteLossError, match=r"found \w+ = nan in step 8; .*; the checkpoint of step 6 is good and kept"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"found \w+ = nan in step 8; .*; the checkpoint of step 6 is good and kept"
+    ):
         run(worker=worker)
     assert [state.step for state in saved] == [2, 4, 6]
     assert all(torch.isfinite(tensor).all() for tensor in saved[-1].tensors.values())
@@ -305,7 +307,9 @@ def test_an_average_of_weights_against_its_definition() -> None:
 def test_gradients_are_clipped_to_a_length_over_all_parameters() -> None:
     from vqvae_core.gradients import FlatGradients
 
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Conv2d(5, 2, 1)).to(memory_format=torch.channels_last)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.Conv2d(5, 2, 1)).to(
+        memory_format=torch.channels_last
+    )
     parameters = list(model.parameters())
     gradients = FlatGradients(parameters)
     gradients.clear(4)
@@ -329,9 +333,9 @@ def test_the_sum_over_ranks_is_one_call_over_gradients_and_all_else() -> None:
     for extra in ([torch.tensor(5.0)], [torch.tensor(5.0), torch.ones(40, 2)], [torch.tensor(5.0)]):
         gradients.clear(sum(part.numel() for part in extra))
         (parameters[0].sum() * 3 + parameters[1].sum()).backward()
-        calls = []
+        calls: list[int] = []
 
-        def double(flat: torch.Tensor) -> None:
+        def double(flat: torch.Tensor, calls: list[int] = calls) -> None:
             calls.append(flat.numel())
             flat.mul_(2)
 
@@ -352,7 +356,9 @@ def test_usage_is_that_of_whole_epochs() -> None:
     sites = 16 * 6 * 8
     assert int(task.model.quantizer.last_epoch_hits.sum()) == sites
     assert int(task.model.quantizer.epoch_hits.sum()) == 0
-    assert history[-1]["epoch_usage"] == pytest.approx(float((task.model.quantizer.last_epoch_hits > 0).double().mean()))
+    assert history[-1]["epoch_usage"] == pytest.approx(
+        float((task.model.quantizer.last_epoch_hits > 0).double().mean())
+    )
 
 
 def test_training_changes_no_setting_of_the_process() -> None:
