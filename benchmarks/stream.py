@@ -117,7 +117,7 @@ def loader_batches(images: ImageShards, count: int) -> Iterator[Any]:
 def web_batches(images: ImageShards, count: int) -> Iterator[Any]:
     """As the library's guide does it, with the same decoder and a shuffle as wide as a lane's window."""
     import torch
-    from webdataset import WebDataset, WebLoader
+    from webdataset import WebDataset, WebLoader  # pyright: ignore[reportAttributeAccessIssue]
 
     urls = [images.artifact.folder.path(path) for path in images.shards("train")]
     image_format = next(iter(images.read(images.shards("train")[0]))).image_format
