@@ -411,18 +411,6 @@ def test_from_and_to_a_store_that_fails(whole, faulty, tmp_path: Path, kind: str
         made.read(path)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB in memory."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system: mount says {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("kind", ["huggingface", "class_folders"])
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
     session: Session, small_disk: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

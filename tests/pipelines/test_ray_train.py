@@ -1,5 +1,6 @@
 """Training under Ray: what dies, what is asked for, what is impossible. Each run is a process of its own."""
 
+import contextlib
 import json
 import os
 import re
@@ -48,16 +49,20 @@ def root(done: Path, tmp_path: Path) -> Path:
     """A root with the same shards, and no model."""
     for stage in ("index", "shard"):
         place = Path(artifacts(done)[stage].folder.uri)
-        shutil.copytree(place, tmp_path / place.name)
-    return tmp_path
+        shutil.copytree(place, tmp_path / "root" / place.name)
+    return tmp_path / "root"
 
 
 def model(root: Path) -> Artifact:
     return artifacts(root)["train_vqvae"]
 
 
+def log_of(root: Path) -> Path:
+    return root.with_name(f"{root.name}.log")
+
+
 def start(root: Path, *options: str) -> subprocess.Popen[str]:
-    log = (root / "log").open("a")
+    log = log_of(root).open("a")
     return subprocess.Popen(command(root, *options), stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
@@ -66,7 +71,7 @@ def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None
     while not any(
         int(path.parent.name[5:]) >= step for path in root.glob("train_vqvae-*/training-*/step-*/state.json")
     ):
-        assert process.poll() is None, (root / "log").read_text()
+        assert process.poll() is None, log_of(root).read_text()
         assert time.monotonic() - begin < 120
         time.sleep(0.02)
 
@@ -96,8 +101,8 @@ def test_a_killed_worker(done: Path, root: Path) -> None:
     process = start(root, "--resources.num-workers", "2")
     wait_for_step(root, 60, process)
     os.kill(workers(process)[-1], signal.SIGKILL)
-    assert process.wait(300) == 0, (root / "log").read_text()
-    assert re.search(r"^train_vqvae: went on from step [1-9]\d*$", (root / "log").read_text(), re.MULTILINE)
+    assert process.wait(300) == 0, log_of(root).read_text()
+    assert re.search(r"^train_vqvae: went on from step [1-9]\d*$", log_of(root).read_text(), re.MULTILINE)
     assert model(root).files == model(done).files
 
 
@@ -108,7 +113,7 @@ def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(done: Path, roo
     begin = time.monotonic()
     assert process.wait(60) == 143
     assert time.monotonic() - begin < 30
-    said = (root / "log").read_text()
+    said = log_of(root).read_text()
     assert "train_vqvae: asked to stop; a checkpoint is written first" in said
     step = int(
         re.search(r"did so at step (\d+), after a checkpoint; the same command goes on from here", said).group(1)
@@ -159,6 +164,29 @@ def test_pieces_of_a_batch_make_the_same_up_to_the_order_of_sums(done: Path, roo
     assert result.returncode == 0, result.stderr
     assert model(root).manifest.fingerprint == model(done).manifest.fingerprint
     assert model(root).facts["psnr_db"] == pytest.approx(model(done).facts["psnr_db"], abs=0.1)
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_written(done: Path, root: Path, small_disk: Path) -> None:
+    """One line says so, no half state stays, and with room again the same command goes on."""
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    place = small_disk / "root"
+    shutil.copytree(root, place)
+    process = start(place, "--resources.num-workers", "2")
+    wait_for_step(place, 60, process)
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(bytes(1 << 12)) == 1 << 12:
+            pass
+    assert process.wait(120) == 2, log_of(place).read_text()
+    said = log_of(place).read_text()
+    assert re.search(r"^error: .*no space left in .*step-\d+", said, re.MULTILINE), said
+    assert "Traceback" not in said
+    ballast.unlink()
+    assert all((state / "state.json").exists() for state in place.glob("train_vqvae-*/training-*/step-*"))
+    result = run(place, "--resources.num-workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^train_vqvae: went on from step [1-9]\d*$", result.stdout, re.MULTILINE)
+    assert model(place).files == model(done).files
 
 
 def test_a_finished_training_whose_artifact_is_gone_says_so(done: Path, tmp_path: Path) -> None:
