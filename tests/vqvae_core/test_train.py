@@ -118,6 +118,7 @@ def run_ranks(
     world_size: int, quantizer: str, schedule: TrainConfig, dtype: torch.dtype, resume: TrainingState | None = None
 ) -> list[VQVAE]:
     """The same training on ranks that are threads, with a sum over them in a fixed order."""
+    schedule = replace(schedule, deterministic=False)  # a setting of the process, not of a thread
     barrier = threading.Barrier(world_size, timeout=60)
     parts: list[torch.Tensor] = [torch.empty(0)] * world_size
 
