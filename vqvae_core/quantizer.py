@@ -167,8 +167,11 @@ class VectorQuantizer(Quantizer):
             rows, table = self.compared(latents), self._codes()
             tokens = nearest_codes(rows.detach(), table.detach())
             codes = F.embedding(tokens, table)
-            table_loss = (rows.detach() - codes).square().sum(dim=1).mean()
-            commitment = (rows - codes.detach()).square().sum(dim=1).mean()
+            if torch.is_grad_enabled():
+                table_loss = (rows.detach() - codes).square().sum(dim=1).mean()
+                commitment = (rows - codes.detach()).square().sum(dim=1).mean()
+            else:  # both are this number
+                table_loss = commitment = (rows - codes).square_().sum(dim=1).mean()
             codes = codes.detach()
             if rows.requires_grad:
                 carried = rotated(rows, codes) if self.config.gradient == "rotation" else rows
