@@ -131,7 +131,7 @@ class Cluster:
     def __init__(self, ranks: int) -> None:
         from ray.cluster_utils import Cluster as LocalCluster
 
-        self._cluster = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        self._cluster = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.address = self._cluster.address
         self._nodes = [self._cluster.add_node(num_cpus=1) for _ in range(ranks)]
 
@@ -139,6 +139,9 @@ class Cluster:
         """SIGKILL one node, and let another come in its place."""
         self._cluster.remove_node(self._nodes.pop(rng.randrange(len(self._nodes))), allow_graceful=False)
         self._nodes.append(self._cluster.add_node(num_cpus=1))
+
+    def node_ids(self) -> list[str]:
+        return [node.node_id for node in self._nodes]
 
     def close(self) -> None:
         self._cluster.shutdown()

@@ -16,9 +16,9 @@ _BLOCK = 64  # codes whose least distance is found together, by vector instructi
 def nearest_codes(latents: Float[Tensor, "n d"], table: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
     """Index (N,) of the nearest code (K, D), Euclidean, for each row of latents (N, D): eq. 1.
 
-    Ties go to the lowest index. |z|^2 is the same for every code and left out; |e|^2 / 2 is one more column of the product
-    -z.e, which costs less than to add it. Both sides are measured from the codes' mean, which changes no distance: where
-    all codes lie close together and far from 0, |e|^2 - 2 z.e would be nothing but rounding.
+    Ties go to the lowest index. |z|^2 is the same for every code and left out; |e|^2 / 2 is one more column of the
+    product -z.e, which costs less than to add it. Both sides are measured from the codes' mean, which changes no
+    distance: where all codes lie close together and far from 0, |e|^2 - 2 z.e would be nothing but rounding.
     """
     dim = table.shape[1]
     centre = table.mean(dim=0)

@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from benchmarks.chaos import Cluster
 from tests.pipelines.test_cli import ROOT, assert_one_line
 from tests.pipelines.test_full import artifacts
 from tests.vqvae_core.shards import make_images
@@ -66,14 +68,21 @@ def start(root: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command(root, *options), stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
+def states_of(root: Path) -> list[int]:
+    """Steps of which there is a whole state."""
+    return [int(path.parent.name[5:]) for path in root.glob("train_vqvae-*/training-*/step-*/state.json")]
+
+
+def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     begin = time.monotonic()
-    while not any(
-        int(path.parent.name[5:]) >= step for path in root.glob("train_vqvae-*/training-*/step-*/state.json")
-    ):
-        assert process.poll() is None, log_of(root).read_text()
+    while not condition():
+        assert process.poll() is None
         assert time.monotonic() - begin < 120
         time.sleep(0.02)
+
+
+def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
+    until(lambda: any(found >= step for found in states_of(root)), process)
 
 
 def workers(process: subprocess.Popen[str]) -> list[int]:
@@ -122,6 +131,35 @@ def test_sigterm_makes_a_checkpoint_and_the_same_command_goes_on(done: Path, roo
     assert result.returncode == 0, result.stderr
     assert f"train_vqvae: went on from step {step}" in result.stdout
     assert model(root).files == model(done).files
+
+
+def test_a_node_that_is_about_to_be_taken_away(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within seconds there is a checkpoint that nothing else asked for, again and again while the node is there."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
+
+    cluster = Cluster(2)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        options = ["--resources.num-workers", "2", "--resources.cpus-per-worker", "1", "--train.steps", "100000",
+                   "--train.validate-every", "100000", "--resources.checkpoint-every", "100000"]  # fmt: skip
+        process = start(root, *options)
+        until(lambda: " of 100000 steps" in log_of(root).read_text(), process)
+        assert not list(root.glob("train_vqvae-*/training-*/step-*"))
+        deadline = time.time_ns() // 1_000_000 + 60_000
+        GcsClient(address=cluster.address).drain_node(
+            cluster.node_ids()[0], DRAIN_NODE_REASON_PREEMPTION, "a test", deadline
+        )
+        begin = time.monotonic()
+        until(lambda: len(states_of(root)) > 0, process)
+        assert time.monotonic() - begin < 10
+        assert "train_vqvae: a node is about to be taken away, a checkpoint is written" in log_of(root).read_text()
+        first = max(states_of(root))
+        until(lambda: max(states_of(root)) > first, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    finally:
+        cluster.close()
 
 
 def test_another_number_of_workers_in_the_middle(done: Path, root: Path) -> None:
