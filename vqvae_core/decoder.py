@@ -8,8 +8,8 @@ import numpy as np
 
 from vqvae_core.artifacts import ArtifactError
 from vqvae_core.augment import AugmentConfig
-from vqvae_core.decoding import ImageError, decode
-from vqvae_core.image_shards import TarIndex, index_tar
+from vqvae_core.decoding import ImageError, decode, decode_plain
+from vqvae_core.image_shards import TarIndex
 
 Buffer = bytes | mmap.mmap | memoryview
 
@@ -21,15 +21,25 @@ class Decoder:
     augment: AugmentConfig
     size: int
     seed: int
+    _scratch: bytearray = field(default_factory=bytearray)
     _open: dict[int, tuple[memoryview, TarIndex, str]] = field(default_factory=dict)
 
-    def open(self, number: int, data: Buffer, where: str) -> None:
-        """Give a shard a number. Its bytes must stay until it is closed. Raises `ArtifactError` for another file."""
-        self._open[number] = memoryview(data), index_tar(data, where), where
+    def open(self, number: int, data: Buffer, index: TarIndex, where: str) -> None:
+        """Give a shard a number. Its bytes must stay until it is closed."""
+        self._open[number] = memoryview(data), index, where
 
     def close(self, number: int) -> None:
         view, _, _ = self._open.pop(number)
         view.release()
+
+    def _pixels(self, data: bytes) -> np.ndarray:
+        """Pixels (H, W, 3), which may be overwritten with the next image."""
+        pixels = decode_plain(data, self._scratch)
+        if pixels is None:
+            pixels = decode(data)
+            if pixels.nbytes > len(self._scratch):
+                self._scratch = bytearray(pixels.nbytes)
+        return pixels
 
     def decode(self, epoch: int, shards: Sequence[int], rows: Sequence[int], out: np.ndarray) -> None:
         """Fill out (N, size, size, 3), uint8, with images by shard and row. Raises `ArtifactError` naming the image."""
@@ -37,16 +47,17 @@ class Decoder:
             view, index, where = self._open[shard]
             if row >= len(index.keys):
                 raise ArtifactError(f"expected more than {row} images in {where}, found {len(index.keys)}")
-            start = index.offsets[row]
-            key = index.keys[row]
+            start, key, place = index.offsets[row], index.keys[row], out[number]
+            # A copy costs less than to decode out of mapped pages, and so does a second one than to decode into them.
+            data = bytes(view[start : start + index.num_bytes[row]])
             try:
-                pixels = decode(bytes(view[start : start + index.num_bytes[row]]))
+                pixels = self._pixels(data)
             except ImageError as error:
                 raise ArtifactError(f"expected an image for {key} in {where}, but it {error}") from error
             pixels = self.augment.apply(pixels, key=key, seed=self.seed, epoch=epoch)
-            if pixels.shape != out.shape[1:]:
+            if pixels.shape != place.shape:
                 raise ArtifactError(
                     f"expected {self.size} x {self.size} pixels for {key} in {where}, "
                     f"found {pixels.shape[1]} x {pixels.shape[0]}"
                 )
-            out[number] = pixels
+            place[...] = pixels

@@ -146,3 +146,17 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def decode(data: bytes) -> np.ndarray:
     """Pixels (H, W, 3) of an encoded image: see `load`."""
     return load(data).pixels
+
+
+def decode_plain(data: bytes, scratch: bytearray) -> np.ndarray | None:
+    """Pixels (H, W, 3), perhaps in scratch, of a JPEG or PNG with nothing beside its pixels, as shards hold them. None
+    where it is something else, or larger than scratch: then `decode` has the last word."""
+    try:
+        if data[:2] == b"\xff\xd8":
+            return simplejpeg.decode_jpeg(data, buffer=scratch) if simplejpeg is not None else None
+        picture = Image.open(io.BytesIO(data), formats=("PNG",))
+        if picture.mode != "RGB" or picture.info or picture.width * picture.height > MAX_PIXELS:
+            return None
+        return np.asarray(picture)
+    except Exception:  # decoders raise whatever they like on broken bytes
+        return None

@@ -103,11 +103,11 @@ def read_tar(data: bytes, where: str) -> Iterator[Sample]:
 
 @dataclass(frozen=True)
 class TarIndex:
-    """Where the images of a shard lie: their keys, and the offset and bytes of each, int64 arrays (N,)."""
+    """Where the images of a shard lie: their keys, and the offset and bytes of each."""
 
     keys: list[str]
-    offsets: np.ndarray
-    num_bytes: np.ndarray
+    offsets: list[int]
+    num_bytes: list[int]
 
 
 def index_tar(data: "bytes | memoryview | mmap.mmap", where: str) -> TarIndex:
@@ -140,7 +140,7 @@ def index_tar(data: "bytes | memoryview | mmap.mmap", where: str) -> TarIndex:
         position = start + size + -size % tarfile.BLOCKSIZE
     if key:
         raise ArtifactError(f"expected {key}.json at the end of {where}, the tar ends before it")
-    return TarIndex(keys, np.array(offsets, np.int64), np.array(sizes, np.int64))
+    return TarIndex(keys, offsets, sizes)
 
 
 def _facts(content: bytes, name: str, where: str) -> dict[str, Any]:

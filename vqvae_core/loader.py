@@ -25,7 +25,7 @@ from torch import Tensor
 from vqvae_core.augment import AugmentConfig
 from vqvae_core.decoder import Decoder
 from vqvae_core.errors import InputError
-from vqvae_core.image_shards import ImageShards
+from vqvae_core.image_shards import ImageShards, TarIndex, index_tar
 from vqvae_core.loader_channel import Channel, ChannelClosedError
 from vqvae_core.mapped_file import MappedFile
 from vqvae_core.order import Order, OrderConfig, lanes_of
@@ -64,6 +64,7 @@ class ImageLoader:
         self._images, self._config, self._augment = images, config, augment
         self._num_workers, self._warn = num_workers, warn
         self._rank_batch = config.batch_size // world_size
+        self._known: dict[str, tuple[int, ...]] = {}  # files that were whole
 
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         """Pixels, uint8 (B / world_size, S, S, 3), of steps start to stop - 1.
@@ -76,7 +77,7 @@ class ImageLoader:
         batches = MappedFile.nameless(int(np.prod(shape)))
         pixels = np.frombuffer(batches.data, np.uint8).reshape(shape)
         crew = self._crew(batches, pixels.reshape(-1, *shape[2:]))
-        shards = _OpenShards(self._images, self.order, self.lanes, crew)
+        shards = _OpenShards(self._images, self.order, self.lanes, crew, self._known)
         try:
             asked = start
             for step in range(start, stop):
@@ -104,7 +105,7 @@ class ImageLoader:
 class _Crew(Protocol):
     """Who decodes. Shards are known by their number in the order's files; batches lie one behind the other."""
 
-    def open(self, shard: int, file: MappedFile, where: str) -> None: ...
+    def open(self, shard: int, file: MappedFile, index: TarIndex, where: str) -> None: ...
 
     def close(self, shard: int) -> None: ...
 
@@ -122,10 +123,12 @@ class _Crew(Protocol):
 class _OpenShards:
     """The shards that lanes read in this window and the next: opened and checked by threads, early."""
 
-    def __init__(self, images: ImageShards, order: Order, lanes: range, crew: _Crew) -> None:
-        self._images, self._order, self._lanes, self._crew = images, order, lanes, crew
+    def __init__(
+        self, images: ImageShards, order: Order, lanes: range, crew: _Crew, known: dict[str, tuple[int, ...]]
+    ) -> None:
+        self._images, self._order, self._lanes, self._crew, self._known = images, order, lanes, crew, known
         self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="shards")
-        self._files: dict[int, Future[MappedFile]] = {}
+        self._files: dict[int, Future[tuple[MappedFile, TarIndex]]] = {}
         self._given: set[int] = set()
         self._window = (-1, -1)
 
@@ -140,10 +143,18 @@ class _OpenShards:
         places = self._order.batch(step, self._lanes)
         for shard in np.unique(places.files).tolist():
             if shard not in self._given:
-                file = self._files[shard].result()
-                self._crew.open(shard, file, self._where(shard))
+                file, index = self._files[shard].result()
+                self._crew.open(shard, file, index, self._where(shard))
                 self._given.add(shard)
         return places
+
+    def _opened(self, shard: int) -> tuple[MappedFile, TarIndex]:
+        file = MappedFile.open(self._images.artifact, self._order.files[shard][0], self._known)
+        try:
+            return file, index_tar(file.data, self._where(shard))
+        except InputError:
+            file.close()
+            raise
 
     def _where(self, shard: int) -> str:
         return self._images.artifact.folder.path(self._order.files[shard][0])
@@ -153,8 +164,7 @@ class _OpenShards:
             self._drop(shard)
         for shard in wanted:
             if shard not in self._files:
-                path = self._order.files[shard][0]
-                self._files[shard] = self._pool.submit(MappedFile.open, self._images.artifact, path)
+                self._files[shard] = self._pool.submit(self._opened, shard)
 
     def _drop(self, shard: int) -> None:
         if shard in self._given:
@@ -162,7 +172,7 @@ class _OpenShards:
             self._crew.close(shard)
         file = self._files.pop(shard)
         if not file.cancel() and file.exception() is None:
-            file.result().close()
+            file.result()[0].close()
 
     def close(self) -> None:
         self._given.clear()  # the crew has ended
@@ -191,9 +201,9 @@ class _Thread:
                 failure = error
                 self._done.put(error)
 
-    def open(self, shard: int, file: MappedFile, where: str) -> None:
+    def open(self, shard: int, file: MappedFile, index: TarIndex, where: str) -> None:
         view = memoryview(file.data)  # from here on the file stays mapped, until the decoder has closed it
-        self._todo.put(lambda: self._decoder.open(shard, view, where))
+        self._todo.put(lambda: self._decoder.open(shard, view, index, where))
 
     def close(self, shard: int) -> None:
         self._todo.put(lambda: self._decoder.close(shard))
@@ -309,15 +319,15 @@ class _Processes:
                 process.restart()
                 return None
 
-    def open(self, shard: int, file: MappedFile, where: str) -> None:
+    def open(self, shard: int, file: MappedFile, index: TarIndex, where: str) -> None:
+        message = {"do": "open", "shard": shard, "where": where, "index": vars(index)}
         for process in self._processes:
-            message = {"do": "open", "shard": shard, "where": where}
-            self._mended(process, lambda process=process, message=message: process.tell(message, file.file))
+            self._mended(process, lambda process=process: process.tell(message, file.file))
 
     def close(self, shard: int) -> None:
+        message = {"do": "close", "shard": shard}
         for process in self._processes:
-            message = {"do": "close", "shard": shard}
-            self._mended(process, lambda process=process, message=message: process.tell(message))
+            self._mended(process, lambda process=process: process.tell(message))
 
     def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
         cuts = [len(rows) * number // len(self._processes) for number in range(len(self._processes) + 1)]

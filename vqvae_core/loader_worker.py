@@ -15,6 +15,7 @@ import numpy as np
 from vqvae_core.augment import AugmentConfig
 from vqvae_core.decoder import Decoder
 from vqvae_core.errors import InputError
+from vqvae_core.image_shards import TarIndex
 from vqvae_core.loader_channel import Channel, ChannelClosedError
 
 
@@ -25,30 +26,23 @@ def serve(channel: Channel) -> None:
     decoder = Decoder(AugmentConfig(**start["augment"]), size, start["seed"])
     batches = np.frombuffer(_mapped(file, mmap.PROT_READ | mmap.PROT_WRITE), np.uint8).reshape(-1, size, size, 3)
     maps: dict[int, mmap.mmap] = {}
-    failed: dict[int, str] = {}  # told when an image of such a shard is asked for
     while True:
         message, file = channel.receive()
         kind, number = message["do"], message.get("shard", -1)
         if kind == "open":
             maps[number] = _mapped(file, mmap.PROT_READ)
-            try:
-                decoder.open(number, maps[number], message["where"])
-            except InputError as error:
-                failed[number] = str(error)
+            decoder.open(number, maps[number], TarIndex(**message["index"]), message["where"])
         elif kind == "close":
-            if failed.pop(number, None) is None:
-                decoder.close(number)
+            decoder.close(number)
             maps.pop(number).close()
         else:
-            channel.send(_decode(decoder, failed, batches, message))
+            channel.send(_decode(decoder, batches, message))
 
 
-def _decode(decoder: Decoder, failed: dict[int, str], batches: np.ndarray, message: dict[str, Any]) -> dict[str, Any]:
-    first, rows, shards = message["first"], message["rows"], message["shards"]
-    broken = next((failed[shard] for shard in shards if shard in failed), "")
+def _decode(decoder: Decoder, batches: np.ndarray, message: dict[str, Any]) -> dict[str, Any]:
+    first, rows, broken = message["first"], message["rows"], ""
     try:
-        if not broken:
-            decoder.decode(message["epoch"], shards, rows, batches[first : first + len(rows)])
+        decoder.decode(message["epoch"], message["shards"], rows, batches[first : first + len(rows)])
     except InputError as error:
         broken = str(error)
     return {"step": message["step"], "error": broken}

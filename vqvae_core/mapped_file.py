@@ -28,8 +28,9 @@ class MappedFile:
         return cls(file, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
 
     @classmethod
-    def open(cls, artifact: Artifact, path: str) -> "MappedFile":
-        """A file of an artifact, its hash checked. Raises `ArtifactError`."""
+    def open(cls, artifact: Artifact, path: str, known: dict[str, tuple[int, ...]]) -> "MappedFile":
+        """A file of an artifact, its hash checked. known: what files were whole before, by path, which is added to; a
+        local one that has not been touched since is not hashed again. Raises `ArtifactError`."""
         if not artifact.folder.is_local:
             data = artifact.read(path)
             made = cls.nameless(len(data))
@@ -41,11 +42,14 @@ class MappedFile:
         except (FileNotFoundError, NotADirectoryError):
             raise artifact.broken(path, f"{entry.bytes} bytes", "nothing") from None
         try:
-            size = os.fstat(file).st_size
-            if size != entry.bytes:
-                raise artifact.broken(path, f"{entry.bytes} bytes", f"{size} bytes")
-            found = cls(file, size)
-            artifact.check(path, found.data)
+            facts = os.fstat(file)
+            if facts.st_size != entry.bytes:
+                raise artifact.broken(path, f"{entry.bytes} bytes", f"{facts.st_size} bytes")
+            found = cls(file, entry.bytes)
+            now = facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns
+            if known.get(path) != now:
+                artifact.check(path, found.data)
+                known[path] = now
         except ArtifactError:
             os.close(file)
             raise

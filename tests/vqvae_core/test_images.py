@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image
 
 from vqvae_core import decoding
-from vqvae_core.decoding import FILE_FORMATS, ImageError, decode
+from vqvae_core.decoding import FILE_FORMATS, ImageError, decode, decode_plain
 from vqvae_core.images import encode, grid, images_to_pixels, pixels_to_images, resize_and_crop
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -168,6 +168,25 @@ def test_exif_rotation_is_applied() -> None:
 def test_broken_bytes(data: bytes) -> None:
     with pytest.raises(ImageError, match="cannot be decoded"):
         decode(data)
+
+
+def test_the_short_way_sees_the_same_pixels_or_nothing() -> None:
+    picture = Image.fromarray(PIXELS)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    scratch = bytearray(PIXELS.nbytes)
+    for data in (_saved(picture), _saved(picture, quality=80), encode(PIXELS, "png"), encode(PIXELS, "jpg")):
+        found = decode_plain(data, scratch)
+        assert found is not None
+        assert np.array_equal(found, decode(data))
+        assert decode_plain(data[: len(data) // 2], scratch) is None
+    assert decode_plain(encode(PIXELS, "jpg"), bytearray(PIXELS.nbytes - 1)) is None
+    others = [encode(PIXELS, "webp"), b"", b"no picture"]
+    for shown, options in ((picture.convert("L"), {}), (picture.convert("RGBA"), {}), (picture, {"exif": exif})):
+        buffer = io.BytesIO()
+        shown.save(buffer, "PNG", **options)
+        others.append(buffer.getvalue())
+    assert [decode_plain(data, scratch) for data in others] == [None] * len(others)
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

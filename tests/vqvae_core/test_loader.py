@@ -80,9 +80,9 @@ def test_skipping_reads_nothing(images: ImageShards, monkeypatch: pytest.MonkeyP
     opened = []
     whole = loading.MappedFile.open
 
-    def counted(artifact: Artifact, path: str) -> loading.MappedFile:
+    def counted(artifact: Artifact, path: str, known: dict) -> loading.MappedFile:
         opened.append(path)
-        return whole(artifact, path)
+        return whole(artifact, path, known)
 
     monkeypatch.setattr(loading.MappedFile, "open", counted)
     loader = ImageLoader(images, CONFIG, AugmentConfig(), rank=3, world_size=4)
@@ -90,6 +90,21 @@ def test_skipping_reads_nothing(images: ImageShards, monkeypatch: pytest.MonkeyP
     assert {loader.order.files.index((path, images.artifact.files[path].rows)) for path in opened} == set(
         loader.order.near(4, loader.lanes)
     )
+
+
+def test_a_file_is_hashed_again_only_where_it_was_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = make_images(Folder.of(tmp_path), ROWS)
+    hashed, whole = [], Artifact.check
+    monkeypatch.setattr(Artifact, "check", lambda self, path, data: hashed.append(path) or whole(self, path, data))
+    loader = ImageLoader(images, CONFIG, AugmentConfig())
+    list(loader.batches(0, 3 * loader.order.steps_per_epoch))
+    assert sorted(hashed) == images.shards("train")
+    path = tmp_path / "train-000001.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="expected sha256"):
+        list(loader.batches(0, loader.order.steps_per_epoch))
 
 
 def test_from_s3(images: ImageShards, s3_bucket: str) -> None:
@@ -202,7 +217,7 @@ def test_the_index_of_a_tar(images: ImageShards) -> None:
     index = index_tar(data, "here")
     samples = images.read("train-000001.tar")
     assert index.keys == [sample.key for sample in samples]
-    pairs = zip(index.offsets.tolist(), index.num_bytes.tolist(), strict=True)
+    pairs = zip(index.offsets, index.num_bytes, strict=True)
     assert [data[start : start + size] for start, size in pairs] == [sample.data for sample in samples]
     cut = int(index.offsets[3] + -(-index.num_bytes[3] // 512) * 512)
     for broken, words in ((data[:cut], "the tar ends before it"), (b"x" * 1024, "plain files")):
