@@ -21,7 +21,7 @@ class Decoder:
     augment: AugmentConfig
     size: int
     seed: int
-    _scratch: bytearray = field(default_factory=bytearray)
+    _scratch: np.ndarray = field(default_factory=lambda: _unaligned(0))
     _open: dict[int, tuple[memoryview, TarIndex, str]] = field(default_factory=dict)
 
     def open(self, number: int, data: Buffer, index: TarIndex, where: str) -> None:
@@ -38,7 +38,7 @@ class Decoder:
         if pixels is None:
             pixels = decode(data)
             if pixels.nbytes > len(self._scratch):
-                self._scratch = bytearray(pixels.nbytes)
+                self._scratch = _unaligned(pixels.nbytes)
         return pixels
 
     def decode(self, epoch: int, shards: Sequence[int], rows: Sequence[int], out: np.ndarray) -> None:
@@ -61,3 +61,11 @@ class Decoder:
                     f"found {pixels.shape[1]} x {pixels.shape[0]}"
                 )
             place[...] = pixels
+
+
+def _unaligned(num_bytes: int) -> np.ndarray:
+    """Memory that begins 16 bytes past a multiple of 64: where rows begin at multiples of 32, libjpeg-turbo writes past
+    the cache, which takes a tenth to a quarter more time for pixels that are read again at once."""
+    memory = np.empty(num_bytes + 64, np.uint8)
+    first = (16 - memory.ctypes.data) % 64
+    return memory[first : first + num_bytes]

@@ -148,7 +148,7 @@ def decode(data: bytes) -> np.ndarray:
     return load(data).pixels
 
 
-def decode_plain(data: bytes, scratch: bytearray) -> np.ndarray | None:
+def decode_plain(data: bytes, scratch: np.ndarray) -> np.ndarray | None:
     """Pixels (H, W, 3), perhaps in scratch, of a JPEG or PNG with nothing beside its pixels, as shards hold them. None
     where it is something else, or larger than scratch: then `decode` has the last word."""
     try:
