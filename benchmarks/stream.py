@@ -96,8 +96,8 @@ def measured(batches: Iterator[Any], start: int, stop: int) -> Rate:
 def bare_rate(images: ImageShards) -> Rate:
     """Decoding alone, on as many processes: each has its part of the same images in memory and drops their pixels.
 
-    How fast a JPEG is decoded depends on where its pixels happen to begin in memory: 0.129 to 0.165 ms, the same for all
-    images of a process. So it is the mean of several pairs of processes.
+    How fast a JPEG is decoded depends on where its pixels happen to begin in memory: 0.129 to 0.165 ms, the same for
+    all images of a process. So it is the mean of several pairs of processes.
     """
     paths = images.shards("train")
     rates = [_bare_rate(images.artifact.folder, paths[number::LAUNCHES]) for number in range(LAUNCHES)]
