@@ -29,6 +29,7 @@ _SECONDS_BETWEEN_POLLS = 0.5
 _SECONDS_BETWEEN_SAVES = 5.0  # while a node is about to be taken away
 _CHOICES, _SECONDS_BETWEEN_CHOICES = 5, 2.0
 _START_SECONDS = "60"
+_SECONDS_TO_BE_ENDED = 30.0  # after which a rank whose group should be ended fails by itself
 _ELASTIC_START_SECONDS = "20"  # a group of a size that is no longer there is given up after it
 
 
@@ -45,7 +46,7 @@ class _Board:
         self._asked, self._nodes = "", set[str]()
 
     def post(self, kind: str, step: int, value: Any) -> None:
-        """kind: metrics, pictures, or line."""
+        """kind: metrics, pictures, line, or end, which asks the driver to end the whole group."""
         self._posts.append((kind, step, value))
 
     def read(self) -> list[tuple[str, int, Any]]:
@@ -114,6 +115,7 @@ def fit(
             "checkpoint_every": resources.checkpoint_every,
             "micro_batch": resources.micro_batch,
             "compile": resources.compile,
+            "driver_ends": threading.current_thread() is threading.main_thread(),
         },
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=resources.use_gpu, resources_per_worker={"CPU": cpus}
@@ -135,7 +137,8 @@ def fit(
                 f"{name}: training stopped after {resources.max_failures} restarts, the last error was: {reason}; "
                 "the last checkpoint is kept, the same command goes on from it"
             ) from error
-        except SystemExit:  # what Ray Train makes of Ctrl-C
+        except SystemExit:  # what Ray Train makes of SIGINT: the follower's, or else Ctrl-C
+            _raise_failure(board)
             raise KeyboardInterrupt from None
     _raise_failure(board)
     if value["resumed_from"]:
@@ -236,6 +239,8 @@ class _Follower:
                 print(f"{self._name}: {value}", flush=True)
             if kind == "pictures":
                 self._run.show(step, value)
+            if kind == "end":  # SIGINT is Ray Train's only way to end a run without starting it again
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         if points:
             step, metrics = points[-1]
             note = " ".join(f"{name}={value:.4g}" for name, value in list(metrics.items())[:2])
@@ -306,9 +311,12 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         except (InputError, NonFiniteLossError, StoppedError) as error:
             kind = next(name for name, final in _FINAL.items() if isinstance(error, final))
             ray.get(board.fail.remote(kind, str(error)))
-            if world_size > 1:
-                raise  # ends the whole group: other ranks may wait for this one
-            return {}
+            if world_size == 1:
+                return {}
+            if config["driver_ends"]:  # other ranks may wait for this one, and a failed group would be started again,
+                post("end", 0, None)  # which on a cluster that shrinks takes minutes
+                time.sleep(_SECONDS_TO_BE_ENDED)
+            raise
     return {**value, "resumed_from": state.step if state else 0, "work_seconds": time.time() - begin}
 
 
