@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -176,10 +177,9 @@ class Run:
         """The furthest step that any rank has recorded."""
         last = 0
         for path in self.records.glob("rank0-*.jsonl"):
-            lines = path.read_bytes()[-4000:].split(b"\n")
-            last = max(
-                [last, *(int(line[1 : line.index(b",")]) for line in lines if line.startswith(b"[") and b"," in line)]
-            )
+            with path.open("rb") as file:
+                file.seek(max(0, path.stat().st_size - 4000))  # a few lines, the first perhaps not from its beginning
+                last = max([last, *(int(step) for step in re.findall(rb"^\[(\d+), \[", file.read(), re.MULTILINE))])
         return last
 
     def workers(self) -> list[int]:

@@ -1,11 +1,12 @@
-"""Two ranks under Ray Train against two trainings that know nothing of each other, on the same two cores.
+"""What training on two ranks costs: together under Ray Train, and as two processes that know nothing of each other.
 
     python -m benchmarks.scaling            # 5 rounds
     python -m benchmarks.scaling --quick
 
 The demo's model on 84x84 images that are read from shards, 16 images a rank and step, a core and a thread a rank (its
-loader runs on the same core), in the precision that the machine is best at. Rates are of the stretch after the first 50 steps. The two independent processes run side
-by side: whatever cores share, they share too, so their summed rate is the limit. Bar: at least 93 % of it.
+loader runs on the same core), in the precision that the machine is best at. Rates are of the stretch after the first
+50 steps. The two independent processes run side by side: whatever cores share, they share too, so their summed rate is
+the limit. Bar: at least 93 % of it.
 """
 
 from __future__ import annotations
