@@ -53,7 +53,10 @@ KINDS = ("worker", "driver", "node", "sigterm")
 
 
 class Recorded:
-    """A loader whose batches are noted, as hashes of their pictures, once a step has used them."""
+    """A loader whose batches are noted, as hashes of their pictures, before a step gets them.
+
+    So a step that is in a saved state is noted, wherever the kill fell; one that is noted and in no state is done again.
+    """
 
     def __init__(self, loader: ImageLoader, place: Path, rank: int) -> None:
         self._loader = loader
@@ -62,9 +65,9 @@ class Recorded:
     def batches(self, start: int, stop: int) -> Iterator[Any]:
         for step, batch in enumerate(self._loader.batches(start, stop), start):
             hashes = [hashlib.sha256(picture.numpy().tobytes()).hexdigest()[:16] for picture in batch]
-            yield batch
             self._file.write(json.dumps([step, hashes]) + "\n")
             self._file.flush()
+            yield batch
 
 
 def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
