@@ -55,7 +55,7 @@ KINDS = ("worker", "driver", "node", "sigterm")
 class Recorded:
     """A loader whose batches are noted, as hashes of their pictures, before a step gets them.
 
-    So a step that is in a saved state is noted, wherever the kill fell; one that is noted and in no state is done again.
+    So a step that is in a saved state is noted, wherever the kill fell; one in no state is done again.
     """
 
     def __init__(self, loader: ImageLoader, place: Path, rank: int) -> None:
