@@ -4,6 +4,7 @@ States are the project's own (vqvae_core/checkpoint.py): Ray's list of checkpoin
 can tear it, and knows nothing of hashes. Ray Train starts workers, again where they die, more or fewer where it may.
 """
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -25,7 +26,8 @@ from vqvae_core.train import NonFiniteLossError, StoppedError, Worker
 # (settings, worker, state to go on from) -> JSON value of rank 0
 Loop = Callable[[dict[str, Any], Worker, TrainingState | None], dict[str, Any]]
 _FINAL = {kind.__name__: kind for kind in (InputError, NonFiniteLossError, StoppedError)}  # a restart mends none
-_SECONDS_BETWEEN_POLLS = 0.5
+_SECONDS_BETWEEN_POLLS = 1.0
+_SECONDS_OF_PATIENCE = 10.0
 _SECONDS_BETWEEN_SAVES = 5.0  # while a node is about to be taken away
 _CHOICES, _SECONDS_BETWEEN_CHOICES = 5, 2.0
 _START_SECONDS = "60"
@@ -43,38 +45,44 @@ class _Board:
     def __init__(self) -> None:
         self._posts: list[tuple[str, int, Any]] = []
         self._failure: tuple[str, str] | None = None
-        self._asked, self._nodes = "", set[str]()
+        self._saves, self._stops, self._news = False, False, asyncio.Event()
+        self._nodes = set[str]()
 
-    def post(self, kind: str, step: int, value: Any) -> None:
+    async def post(self, kind: str, step: int, value: Any) -> None:
         """kind: metrics, pictures, line, or end, which asks the driver to end the whole group."""
         self._posts.append((kind, step, value))
 
-    def read(self) -> list[tuple[str, int, Any]]:
+    async def read(self) -> list[tuple[str, int, Any]]:
         """What was posted since it was read last."""
         posts, self._posts = self._posts, []
         return posts
 
-    def fail(self, kind: str, message: str) -> None:
+    async def fail(self, kind: str, message: str) -> None:
         self._failure = self._failure or (kind, message)
 
-    def failure(self) -> tuple[str, str] | None:
+    async def failure(self) -> tuple[str, str] | None:
         """What ended training for good: kind and message of an error that starting again would not mend."""
         return self._failure
 
-    def ask(self, what: str) -> None:
+    async def ask(self, what: str) -> None:
         """what: save, or stop, which stays."""
-        self._asked = self._asked if self._asked == "stop" else what
+        self._saves |= what == "save"
+        self._stops |= what == "stop"
+        self._news.set()
 
-    def take_asked(self) -> str:
-        """What is asked for; a save is asked for once."""
-        asked = self._asked
-        self._asked = "" if asked == "save" else asked
-        return asked
+    async def take_asked(self, patience: float) -> str:
+        """What is asked for, "" where nothing is within `patience` seconds. A save is asked for once."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), patience)
+        saves, self._saves = self._saves, False
+        if not self._stops:
+            self._news.clear()
+        return "stop" if self._stops else "save" if saves else ""
 
-    def join(self, node: str) -> None:
+    async def join(self, node: str) -> None:
         self._nodes.add(node)
 
-    def nodes(self) -> set[str]:
+    async def nodes(self) -> set[str]:
         """Nodes that workers run on, or ran on."""
         return self._nodes
 
@@ -183,7 +191,7 @@ class _Follower:
         self._session, self._usage_alarm = pipeline.session, pipeline.resources.usage_alarm
         self._board, self._run, self._name = board, run, name
         self._progress = Progress(name, steps, "steps")
-        self._end, self._stops, self._told, self._saved = threading.Event(), False, False, 0.0
+        self._over, self._stops, self._wake, self._told, self._saved = False, False, threading.Event(), False, 0.0
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
 
     def __enter__(self) -> "_Follower":
@@ -191,19 +199,23 @@ class _Follower:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end.set()
+        self._over = True
+        self._wake.set()
         self._thread.join()
         self._drain()
         self._progress.__exit__()
 
     def ask_to_stop(self) -> None:
-        """Safe in a signal handler: the thread tells the workers."""
+        """Safe in a signal handler: the thread, which it wakes, tells the workers."""
         self._stops = True
+        self._wake.set()
 
     def _follow(self) -> None:
         from ray.exceptions import RayError
 
-        while not self._end.wait(_SECONDS_BETWEEN_POLLS):
+        while not self._over:
+            if self._wake.wait(_SECONDS_BETWEEN_POLLS):
+                self._wake.clear()
             if self._stops and not self._told:
                 self._told = True
                 self._board.ask.remote("stop")
@@ -359,20 +371,20 @@ def _agreed_state(
 
 
 class _Asked:
-    """What the driver asks of training. Rank 0 looks twice a second, in a thread: the loop asks after each step."""
+    """What the driver asks of training. A thread of rank 0 waits for it at the board: the loop asks after each step."""
 
     def __init__(self, board: Any, rank: int) -> None:
-        self._board, self._looks, self._asked = board, rank == 0, ""
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="asked", daemon=True)
+        self._board, self._waits, self._asked = board, rank == 0, ""
+        self._over = False
+        self._thread = threading.Thread(target=self._wait, name="asked", daemon=True)
 
     def __enter__(self) -> "_Asked":
-        if self._looks:
+        if self._waits:
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end.set()
+        self._over = True
 
     def take(self) -> Any:
         """ "", save or stop; a save is given once."""
@@ -381,13 +393,16 @@ class _Asked:
             self._asked = ""
         return asked
 
-    def _look(self) -> None:
+    def _wait(self) -> None:
         import ray
         from ray.exceptions import RayError
 
-        while not self._end.wait(_SECONDS_BETWEEN_POLLS):
-            with contextlib.suppress(RayError):
-                self._asked = ray.get(self._board.take_asked.remote(), timeout=10) or self._asked
+        while not self._over and self._asked != "stop":
+            try:
+                answer = self._board.take_asked.remote(_SECONDS_OF_PATIENCE)
+                self._asked = ray.get(answer, timeout=2 * _SECONDS_OF_PATIENCE) or self._asked
+            except RayError:  # the driver is gone, or the board's node is slow
+                time.sleep(_SECONDS_BETWEEN_POLLS)
 
 
 def describe(resources: Resources) -> str:

@@ -165,7 +165,7 @@ def test_a_node_that_is_about_to_be_taken_away(root: Path, monkeypatch: pytest.M
 def test_another_number_of_workers_in_the_middle(done: Path, root: Path) -> None:
     """Two ranks, then one: the same samples in each step, weights that differ by the order of sums only."""
     process = start(root, "--resources.num-workers", "2")
-    wait_for_step(root, 200, process)
+    wait_for_step(root, 100, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     result = run(root, "--resources.num-workers", "1")
