@@ -13,6 +13,7 @@ run, none is lost and none repeated within an epoch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -47,7 +48,7 @@ from vqvae_core.train_config import Precision, TrainConfig
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining
 
-SHARDS, PER_SHARD, SIZE, BATCH, LANES, GRACE_SECONDS = 37, 41, 16, 24, 6, 30
+SHARDS, PER_SHARD, SIZE, BATCH, LANES, GRACE_SECONDS, PATIENCE_SECONDS = 37, 41, 16, 24, 6, 30, 300
 RUNS: dict[str, tuple[Precision, int]] = {"fp32_3_ranks": ("fp32", 3), "bf16_2_ranks": ("bf16", 2)}
 KINDS = ("worker", "driver", "node", "sigterm")
 
@@ -97,6 +98,14 @@ def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None)
     }
 
 
+def _trains(pid: int) -> bool:
+    """Whether a process lives and is a rank: numbers of processes are given out again."""
+    try:
+        return b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
 class _Silent:
     """A run that is tracked nowhere."""
 
@@ -141,7 +150,14 @@ class Cluster:
 
     def kill_node(self, rng: random.Random) -> None:
         """SIGKILL one node, and let another come in its place."""
-        self._cluster.remove_node(self._nodes.pop(rng.randrange(len(self._nodes))), allow_graceful=False)
+        self.remove(rng.randrange(len(self._nodes)))
+        self.add()
+
+    def remove(self, number: int) -> None:
+        """SIGKILL a node, and with it all its workers."""
+        self._cluster.remove_node(self._nodes.pop(number), allow_graceful=False)
+
+    def add(self) -> None:
         self._nodes.append(self._cluster.add_node(num_cpus=1))
 
     def node_ids(self) -> list[str]:
@@ -188,7 +204,7 @@ class Run:
     def workers(self) -> list[int]:
         """The processes of ranks that live."""
         pids = [int(path.name[4:]) for path in self.records.glob("pid-*")]
-        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        return [pid for pid in pids if _trains(pid)]
 
     def said(self) -> str:
         return (self.place / "log").read_text()
@@ -201,11 +217,16 @@ class Run:
 
 
 def strike(run: Run, cluster: Cluster, kind: str, rng: random.Random) -> None:
-    """Kill one thing. What ends the driver is followed by the same command."""
+    """Kill one thing that lives. What ends the driver is followed by the same command."""
     if kind == "worker":
-        pids = run.workers()
-        if pids:
-            os.kill(rng.choice(pids), signal.SIGKILL)
+        begin = time.monotonic()
+        while True:
+            with contextlib.suppress(IndexError, ProcessLookupError):  # none lives right now, or it has just ended
+                os.kill(rng.choice(run.workers()), signal.SIGKILL)
+                return
+            if time.monotonic() - begin > PATIENCE_SECONDS:
+                raise RuntimeError(f"no rank came back within {PATIENCE_SECONDS} s:\n{run.said()[-3000:]}")
+            time.sleep(0.05)
     elif kind == "node":
         cluster.kill_node(rng)
     elif kind == "driver":
@@ -232,9 +253,12 @@ def killed(run: Run, cluster: Cluster, kills: int, steps: int, rng: random.Rando
         if number % 4 == 3 and kind != "sigterm":
             time.sleep(rng.uniform(0, 8))
         else:
+            begin = time.monotonic()
             while run.newest_step() < moment:
                 if run.driver.poll() is not None:
                     raise RuntimeError(f"the training ended by itself:\n{run.said()[-4000:]}")
+                if time.monotonic() - begin > PATIENCE_SECONDS:
+                    raise RuntimeError(f"no way to step {moment:.0f} in {PATIENCE_SECONDS} s:\n{run.said()[-4000:]}")
                 time.sleep(rng.uniform(0.005, 0.05))
         strike(run, cluster, kind, rng)
         done[kind] += 1
@@ -290,9 +314,8 @@ def compare(name: str, kills: int, steps: int, seed: int) -> tuple[list[Bar], di
         Bar(f"{name}_{part}", float(counted[part]), 0.0, at_most=True)
         for part in ("lost", "repeated", "steps_that_differ")
     ]
-    bars.append(Bar(f"{name}_kills", float(sum(done.values())), float(kills)))
     return bars, {
-        "kills": dict(done), "seconds": round(seconds), "steps_done_again": counted["steps_done_again"],
+        "kills": dict(done), "of": kills, "seconds": round(seconds), "steps_done_again": counted["steps_done_again"],
         "samples_an_epoch": made["samples"], "left_out_of_an_epoch": made["left_out"], "weights": made["weights"][:16],
     }  # fmt: skip
 

@@ -49,6 +49,8 @@ class Session:
             # Ray's own lines about its logs and metrics are not this program's output.
             os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
             os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+            if not os.environ.get("RAY_ADDRESS"):  # a minute between two looks at all processes, which nobody reads
+                os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
             # A task that is too large for memory ends, where Ray would try it for ever.
             os.environ.setdefault("RAY_task_oom_retries", "3")
             import ray
@@ -62,8 +64,20 @@ class Session:
                     logging_level=logging.ERROR,
                 )
                 self._owner = True
+                if self.alone:
+                    self._end_idle_processes()
             self._ray = ray
         return self._ray
+
+    @staticmethod
+    def _end_idle_processes() -> None:
+        """End what one machine has no use for: logs are not shown here and nodes do not come and go, and on few cores
+        each process of Ray takes 1 % of one from training."""
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        node.kill_log_monitor(check_alive=False)
+        node.kill_monitor(check_alive=False)
 
     def rows(self, data: Any) -> Iterator[dict[str, Any]]:
         """The rows of a Ray dataset, as they come. What is not read to its end is stopped by `close`."""
@@ -82,8 +96,8 @@ class Session:
 
         Raises `ResourceError` at once where the cluster cannot hold the workers.
         """
-        resources = self.connect().cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        nodes = self._nodes()
+        cpus, gpus = sum(cpus for cpus, _ in nodes), sum(gpus for _, gpus in nodes)
         option = "--resources.num-workers" if min_workers is None else "--resources.min-workers"
         needed = min_workers or num_workers
         if use_gpu and gpus < needed:
@@ -91,13 +105,28 @@ class Session:
                 f"expected {needed} GPUs (one a worker), the cluster has {gpus}; lower {option} "
                 "or leave out --resources.use-gpu"
             )
-        each = cpus_per_worker or max(1, min(cpus // num_workers, self.cpus_of_largest_node()))
-        if each * needed > cpus:
+
+        def room(each: int) -> int:
+            """Workers with so many CPUs that there is room for: each lies on one node."""
+            return sum(min(cpus // each, gpus if use_gpu else cpus) for cpus, gpus in nodes)
+
+        each = cpus_per_worker or next(
+            (each for each in range(max(1, cpus // num_workers), 0, -1) if room(each) >= num_workers), 1
+        )
+        if room(each) < needed:
+            kind = f"{each} CPUs and a GPU" if use_gpu else f"{each} CPUs"
+            found = ", ".join(f"{cpus} CPUs" + (f" and {gpus} GPUs" if use_gpu else "") for cpus, gpus in nodes)
             raise ResourceError(
-                f"expected {each * needed} CPUs ({needed} workers with {each} each), the cluster has {cpus}; "
-                f"lower {option} or --resources.cpus-per-worker"
+                f"expected {each * needed} CPUs ({needed} workers with {kind} each, each on one node), found room for "
+                f"{room(each)} of them on nodes with {found or 'nothing'}; lower {option} or "
+                "--resources.cpus-per-worker"
             )
         return each
+
+    def _nodes(self) -> list[tuple[int, int]]:
+        """CPUs and GPUs of each node that lives."""
+        nodes = [node["Resources"] for node in self.connect().nodes() if node["Alive"]]
+        return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
 
     def num_cpus(self) -> int:
         """CPUs of the whole cluster."""
@@ -105,8 +134,7 @@ class Session:
 
     def cpus_of_largest_node(self) -> int:
         """No task or actor can have more."""
-        nodes = self.connect().nodes()
-        return max(int(node["Resources"].get("CPU", 0)) for node in nodes if node["Alive"])
+        return max(cpus for cpus, _ in self._nodes())
 
     def leaving_nodes(self) -> set[str]:
         """Ids of the nodes that are about to be taken away. (What Ray Train has for it makes all ranks wait for each

@@ -23,6 +23,8 @@ from pipelines.train_vqvae import resolve_precision, train_vqvae
 from vqvae_core.artifacts import hash_json
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
+from vqvae_core.train import StoppedError
+from vqvae_core.vqvae import STRIDE
 
 REPORT = "report.html"
 
@@ -48,7 +50,7 @@ def main(arguments: list[str], until: str = "sample") -> None:
             report = make_report(options.preset, pipeline.reports, resolved, time.monotonic() - begin)
             root.write(REPORT, report)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
         raise
     finally:
@@ -70,6 +72,8 @@ def resolve(config: PipelineConfig) -> PipelineConfig:
                 f"expected a number of workers that divides --{name}.num-lanes {schedule.num_lanes}, found "
                 f"{config.resources.num_workers}; change either of them (lanes belong to the recipe)"
             )
+    if config.augment.crop_size is not None and config.augment.crop_size % STRIDE:
+        raise InputError(f"expected --augment.crop-size to be a multiple of {STRIDE}, found {config.augment.crop_size}")
     train, train_prior = (
         resolve_precision(schedule, use_gpu=config.resources.use_gpu) for schedule in schedules.values()
     )

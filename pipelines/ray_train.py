@@ -31,6 +31,7 @@ _SECONDS_OF_PATIENCE = 10.0
 _SECONDS_BETWEEN_SAVES = 5.0  # while a node is about to be taken away
 _CHOICES, _SECONDS_BETWEEN_CHOICES = 5, 2.0
 _START_SECONDS = "60"
+_CONTROLLER_FAILURES = 3  # of starting a group
 _SECONDS_TO_BE_ENDED = 30.0  # after which a rank whose group should be ended fails by itself
 _ELASTIC_START_SECONDS = "20"  # a group of a size that is no longer there is given up after it
 
@@ -103,13 +104,27 @@ def fit(
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _ELASTIC_START_SECONDS if elastic else _START_SECONDS
     )
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    if pipeline.session.alone:  # no node is taken away, and nobody collects Ray's own metrics
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     import ray
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     place = folder / f"training-{work}"
-    board = ray.remote(num_cpus=0)(_Board).remote()
-    workers = (resources.min_workers, resources.num_workers) if resources.min_workers else resources.num_workers
+    others = [other for other in folder.folders() if other.startswith("training-") and other != place.name]
+    if others and place.name not in folder.folders():
+        print(
+            f"{name}: starting from step 0, since the {len(others)} training in {folder.uri} was on other data; its "
+            "states are kept",
+            flush=True,
+        )
+    # Beside the driver: on another node it would be gone with that.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    needed = resources.min_workers or resources.num_workers
+    workers = (needed, resources.num_workers) if elastic else resources.num_workers
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={
@@ -131,19 +146,27 @@ def fit(
         run_config=RunConfig(
             name="ray",
             storage_path=place.uri,
-            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                max_failures=resources.max_failures, controller_failure_limit=_CONTROLLER_FAILURES
+            ),
         ),
     )
     value: dict[str, Any] = {}
     with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):
         try:
             value = trainer.fit().return_value or {}
-        except (WorkerGroupError, ControllerError) as error:
+        except WorkerGroupError as error:
             _raise_failure(board)
-            reason = str(error).strip().splitlines()[-1]
             raise TrainingFailedError(
-                f"{name}: training stopped after {resources.max_failures} restarts, the last error was: {reason}; "
-                "the last checkpoint is kept, the same command goes on from it"
+                f"{name}: training stopped after {resources.max_failures} restarts (--resources.max-failures), the "
+                f"last error was: {_last_line(error)}; the last checkpoint is kept, the same command goes on from it"
+            ) from error
+        except ControllerError as error:
+            _raise_failure(board)
+            raise TrainingFailedError(
+                f"{name}: expected {needed} workers to start, they did not in {_CONTROLLER_FAILURES + 1} attempts: "
+                f"{_last_line(error)}; is the cluster busy with other work? What was trained is kept, the same command "
+                "goes on from it"
             ) from error
         except SystemExit:  # what Ray Train makes of SIGINT: the follower's, or else Ctrl-C
             _raise_failure(board)
@@ -153,6 +176,10 @@ def fit(
         done = " (it was finished)" if value["resumed_from"] == settings["steps"] else ""
         print(f"{name}: went on from step {value['resumed_from']}{done}", flush=True)
     return value
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _raise_failure(board: Any) -> None:
@@ -192,6 +219,7 @@ class _Follower:
         self._board, self._run, self._name = board, run, name
         self._progress = Progress(name, steps, "steps")
         self._over, self._stops, self._wake, self._told, self._saved = False, False, threading.Event(), False, 0.0
+        self._ended = False
         self._thread = threading.Thread(target=self._follow, name="follower", daemon=True)
 
     def __enter__(self) -> "_Follower":
@@ -251,7 +279,9 @@ class _Follower:
                 print(f"{self._name}: {value}", flush=True)
             if kind == "pictures":
                 self._run.show(step, value)
-            if kind == "end":  # SIGINT is Ray Train's only way to end a run without starting it again
+            if kind == "end" and not (self._ended or self._over):
+                self._ended = True  # once, since a second one would end Ray Train's own clearing up
+                # SIGINT is Ray Train's only way to end a run without starting it again.
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         if points:
             step, metrics = points[-1]

@@ -15,13 +15,21 @@ from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.augment import AugmentConfig, centre_crop
-from vqvae_core.checkpoint import History, TrainingState, config_from_json, load_model, save_model
+from vqvae_core.checkpoint import (
+    CheckpointError,
+    History,
+    TornStateError,
+    TrainingState,
+    config_from_json,
+    load_model,
+    save_model,
+)
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards, Sample
 from vqvae_core.loader import ImageLoader
 from vqvae_core.order import mix
 from vqvae_core.storage import Folder
-from vqvae_core.train import Trainable, Worker, best_step, train
+from vqvae_core.train import Trainable, Worker, train, validations
 from vqvae_core.train_config import TrainConfig, best_precision
 from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining, comparison, evaluate, shrunken_psnr_db
@@ -111,13 +119,25 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
 
 
 def load_best(task: Trainable, history: History, worker: Worker) -> int:
-    """Give a model the weights that did best in validation, out of their checkpoint. Returns their step."""
-    best = best_step(history, task)
-    assert best is not None, "the last step is always validated"
-    state = worker.load(best)
-    if state is not None:
-        load_weights(task.model, state.tensors)
-    return best
+    """Give a model the weights that did best in validation, out of their checkpoint, or else the best that are whole.
+    Returns their step. Raises `CheckpointError` where none are."""
+    torn: list[str] = []
+    for point in sorted(validations(history), key=task.score):
+        step = int(point["step"])
+        try:
+            state = worker.load(step)
+        except TornStateError as error:  # those of most validations are not kept
+            torn.append(str(error))
+            continue
+        if torn:
+            worker.warn(f"{torn[0]}; the weights of step {step} are used, the best that are whole")
+        if state is not None:
+            load_weights(task.model, state.tensors)
+        return step
+    raise CheckpointError(
+        f"expected a whole training state of a validated step, found none: {torn[0]}; move its folder away to train "
+        "again"
+    )
 
 
 def read_pixels(images: ImageShards, split: str, limit: int | None = None) -> torch.Tensor:

@@ -3,13 +3,25 @@
 import contextlib
 import http.client
 import itertools
+import os
 import socket
 import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch) -> "FaultyProxy":
+    """A proxy in front of the test session's S3 server, to which this test goes from here on."""
+    address = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+    proxy = FaultyProxy(str(address.hostname), int(address.port or 80))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    return proxy
 
 
 class FaultyProxy:

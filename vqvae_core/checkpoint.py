@@ -20,7 +20,7 @@ from vqvae_core.artifacts import hash_bytes
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 History = list[dict[str, int | float]]  # the curves: "step" and the metrics of each logged step
 _STATE, _INDEX, _PREFIX = "state.safetensors", "state.json", "step-"
 
@@ -88,12 +88,15 @@ class StateFolder:
         except (FileNotFoundError, NotADirectoryError):
             raise TornStateError(f"expected a whole training state at {where}, found no {_INDEX}") from None
         except (ValueError, KeyError, TypeError):
-            raise TornStateError(f"expected JSON in {where}/{_INDEX}, found something else") from None
+            raise TornStateError(f"expected the index of a state in {where}/{_INDEX}, found something else") from None
         if version != STATE_VERSION:
             raise CheckpointError(
                 f"expected training state version {STATE_VERSION} at {where}, found {version!r}; use the release that "
                 "wrote it, or move that folder away"
             )
+        digest = index.pop("digest", None)
+        if digest != _digest(index) or index["step"] != step:
+            raise TornStateError(f"expected {where}/{_INDEX} as it was written, found it altered")
         if index["identity"] != self.identity:
             raise CheckpointError(
                 f"expected the training state of run {self.identity} at {where}, found one of run "
@@ -128,8 +131,11 @@ class StateFolder:
     def _write(self, state: TrainingState, best_step: int | None) -> None:
         try:
             self.write(state)
-            kept = {*[step for step in self.steps() if step <= state.step][: self._keep], best_step}
-            for step in self.steps():
+            steps = self.steps()
+            # Of what is torn nothing can go on: it does not count.
+            whole = [step for step in steps if step <= state.step and self.folder.exists(f"{_name(step)}/{_INDEX}")]
+            kept = {*whole[: self._keep], best_step}
+            for step in steps:
                 if step not in kept:
                     # The index first: what is left of a deletion that is cut short is no state.
                     self.folder.delete(f"{_name(step)}/{_INDEX}")
@@ -152,7 +158,7 @@ class StateFolder:
         self.folder.delete(f"{name}/{_INDEX}")  # of a torn state of the same step
         try:
             self.folder.write(f"{name}/{_STATE}", data)
-            self.folder.write(f"{name}/{_INDEX}", json.dumps(index).encode())
+            self.folder.write(f"{name}/{_INDEX}", json.dumps({**index, "digest": _digest(index)}).encode())
         except (OSError, InputError):  # such as a full disk: nothing half written takes room
             with contextlib.suppress(OSError):
                 self.folder.delete_folder(name)
@@ -161,6 +167,10 @@ class StateFolder:
 
 class TornStateError(CheckpointError):
     """A training state is incomplete or altered: the one before it may be whole."""
+
+
+def _digest(index: dict[str, Any]) -> str:
+    return hash_bytes(json.dumps(index, sort_keys=True).encode())
 
 
 def _name(step: int) -> str:
@@ -186,8 +196,8 @@ def restore_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors:
             parameter = parameters[parameter_name]
             if tensor.shape == parameter.shape:
                 tensor = tensor.to(parameter.device, copy=True).contiguous(memory_format=_layout(parameter))
-            else:
-                tensor = tensor.clone()
+            else:  # the count of steps, which a fused optimizer reads where the parameter is
+                tensor = tensor.to(parameter.device, copy=True)
             optimizer.state[parameter][key] = tensor
 
 

@@ -14,6 +14,22 @@ from vqvae_core.image_shards import TarIndex
 Buffer = bytes | mmap.mmap | memoryview
 
 
+class PlainDecoder:
+    """Pixels of one image after the other, as shards hold them, in the same memory where they fit."""
+
+    def __init__(self) -> None:
+        self._scratch = _unaligned(0)
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Pixels (H, W, 3), which the next call may overwrite. Raises `ImageError`."""
+        pixels = decode_plain(data, self._scratch)
+        if pixels is None:
+            pixels = decode(data)
+            if pixels.nbytes > len(self._scratch):
+                self._scratch = _unaligned(pixels.nbytes)
+        return pixels
+
+
 @dataclass
 class Decoder:
     """Shards by number, and their images by row. size: pixels a side of every image that it gives."""
@@ -21,7 +37,7 @@ class Decoder:
     augment: AugmentConfig
     size: int
     seed: int
-    _scratch: np.ndarray = field(default_factory=lambda: _unaligned(0))
+    _pixels: PlainDecoder = field(default_factory=PlainDecoder)
     _open: dict[int, tuple[memoryview, TarIndex, str]] = field(default_factory=dict)
 
     def open(self, number: int, data: Buffer, index: TarIndex, where: str) -> None:
@@ -31,15 +47,6 @@ class Decoder:
     def close(self, number: int) -> None:
         view, _, _ = self._open.pop(number)
         view.release()
-
-    def _pixels(self, data: bytes) -> np.ndarray:
-        """Pixels (H, W, 3), which may be overwritten with the next image."""
-        pixels = decode_plain(data, self._scratch)
-        if pixels is None:
-            pixels = decode(data)
-            if pixels.nbytes > len(self._scratch):
-                self._scratch = _unaligned(pixels.nbytes)
-        return pixels
 
     def decode(self, epoch: int, shards: Sequence[int], rows: Sequence[int], out: np.ndarray) -> None:
         """Fill out (N, size, size, 3), uint8, with images by shard and row. Raises `ArtifactError` naming the image."""

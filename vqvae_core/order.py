@@ -149,11 +149,13 @@ class Order:
         return self._sequences[epoch]
 
     def near(self, step: int, lanes: range) -> list[int]:
-        """The files that these lanes read in the windows of this step and the next, in order of need: what is worth
-        having open. Nothing before the step is in it."""
+        """The files that these lanes read in the window where this step begins and the next, and in as many more as a
+        step that begins there may reach into, in order of need: what is worth having open. Nothing before the step is
+        in it."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        start = index * (self.config.batch_size // self.config.num_lanes)
-        number, first = divmod(start, self.config.shuffle_window)
-        now = [self.window(epoch, lane, number).files[first:] for lane in lanes]
-        later = [self.window(epoch, lane, number + 1).files for lane in lanes]
-        return list(dict.fromkeys(np.concatenate([*now, *later]).tolist()))
+        share = self.config.batch_size // self.config.num_lanes
+        number, first = divmod(index * share, self.config.shuffle_window)
+        last = number + -(-share // self.config.shuffle_window)
+        found = [self.window(epoch, lane, number).files[first:] for lane in lanes]
+        found += [self.window(epoch, lane, later).files for later in range(number + 1, last + 1) for lane in lanes]
+        return list(dict.fromkeys(np.concatenate(found).tolist()))

@@ -147,8 +147,13 @@ class _Curves:
 
 def best_step(history: History, task: Trainable) -> int | None:
     """The step of the validation with the lowest score, the first of equals; None where there was none."""
-    points = [point for point in history if any(name.startswith("validation_") for name in point)]
+    points = validations(history)
     return int(min(points, key=task.score)["step"]) if points else None
+
+
+def validations(history: History) -> History:
+    """The points of the curves at which there was a validation."""
+    return [point for point in history if any(name.startswith("validation_") for name in point)]
 
 
 def train(
@@ -183,6 +188,13 @@ class _Loop:
 
     def run(self, batches: Batches, resume: TrainingState | None) -> History:
         start = self._restore(resume) if resume is not None else 0
+        try:
+            self._go(batches, start)
+        finally:  # also where a number is not finite: the message names a state that is then written, or this says why
+            self._worker.flush()
+        return self._curves.history
+
+    def _go(self, batches: Batches, start: int) -> None:
         config, worker = self._config, self._worker
         with contextlib.closing(batches.batches(start, config.steps)) as waiting:  # type: ignore[type-var]
             for step, batch in enumerate(waiting, start):
@@ -192,8 +204,6 @@ class _Loop:
                     self._task.before_training(pieces, worker)
                 self._curves.pending.append(self._step(pieces, step))
                 self._after(step + 1)
-        worker.flush()
-        return self._curves.history
 
     def _restore(self, state: TrainingState) -> int:
         restore_tensors(self._task.model, self._optimizer, state.tensors)
@@ -253,7 +263,6 @@ class _Loop:
             worker.save(self._state(done), self._best)
             self._saved = done
         if asked == "stop" and done < config.steps:
-            worker.flush()
             raise StoppedError(f"training was asked to stop and did so at step {done}, after a checkpoint")
 
     def _validate(self, done: int) -> dict[str, float]:

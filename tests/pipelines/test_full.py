@@ -182,6 +182,7 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         query = "select count(*) from metrics where run_uuid = ? and key = ?"
         assert store.execute(query, (ids["train_vqvae"], "mse")).fetchone() == (6,)
         assert store.execute(query, (ids["train_vqvae"], "epoch_usage")).fetchone() == (2,)
+        assert store.execute(query, (ids["train_vqvae"], "usage_alarm")).fetchone() == (2,)
         assert store.execute(query, (ids["train_prior"], "validation_bits_per_token")).fetchone() == (2,)
         params = dict(store.execute("select key, value from params where run_uuid = ?", (ids["smoke"],)).fetchall())
         assert params["train.batch_size"] == "8"
@@ -194,6 +195,8 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         "contact_sheet.png",
         "data.json",
         "reconstructions.png",
+        "reconstructions-000012.png",  # a grid at each validation
+        "reconstructions-000024.png",
         "samples.png",
         "report.html",
         "model.safetensors",

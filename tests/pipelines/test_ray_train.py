@@ -1,6 +1,7 @@
 """Training under Ray: what dies, what is asked for, what is impossible. Each run is a process of its own."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from tests.pipelines.test_cli import ROOT, assert_one_line
 from tests.pipelines.test_full import artifacts
 from tests.vqvae_core.shards import make_images
 from vqvae_core.artifacts import MANIFEST, Artifact
+from vqvae_core.checkpoint import StateFolder
 from vqvae_core.storage import Folder
 
 pytestmark = pytest.mark.slow
@@ -73,11 +75,11 @@ def states_of(root: Path) -> list[int]:
     return [int(path.parent.name[5:]) for path in root.glob("train_vqvae-*/training-*/step-*/state.json")]
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
     begin = time.monotonic()
     while not condition():
         assert process.poll() is None
-        assert time.monotonic() - begin < 120
+        assert time.monotonic() - begin < seconds
         time.sleep(0.02)
 
 
@@ -85,12 +87,13 @@ def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None
     until(lambda: any(found >= step for found in states_of(root)), process)
 
 
-def workers(process: subprocess.Popen[str]) -> list[int]:
-    """The processes of Ray Train's workers under a driver."""
+def workers(process: subprocess.Popen[str] | int) -> list[int]:
+    """The processes of Ray Train's workers under a process, such as a driver."""
+    ancestor = process if isinstance(process, int) else process.pid
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"RayTrainWorker" in path.read_bytes() and _under(int(path.parent.name), process.pid):
+            if b"RayTrainWorker" in path.read_bytes() and _under(int(path.parent.name), ancestor):
                 found.append(int(path.parent.name))
         except OSError:
             continue
@@ -187,7 +190,7 @@ def test_elastic_workers_take_what_there_is(done: Path, root: Path) -> None:
 def test_impossible_resources_fail_within_seconds(root: Path) -> None:
     begin = time.monotonic()
     result = run(root, "--resources.num-workers", "4", "--resources.cpus-per-worker", "64")
-    assert_one_line(result, "expected 256 CPUs (4 workers with 64 each), the cluster has")
+    assert_one_line(result, "expected 256 CPUs (4 workers with 64 CPUs each, each on one node)")
     assert time.monotonic() - begin < 60
 
 
@@ -238,15 +241,22 @@ def test_a_finished_training_whose_artifact_is_gone_says_so(done: Path, tmp_path
 
 
 def test_a_checkpoint_of_another_config_is_refused(done: Path, root: Path) -> None:
+    """Nothing of it is lost, and with the right one in its place training goes on."""
     process = start(root, "--resources.num-workers", "2")
     wait_for_step(root, 20, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
     place = next(root.glob("train_vqvae-*/training-*"))
-    index = sorted(place.glob("step-*/state.json"))[-1]
-    index.write_text(json.dumps({**json.loads(index.read_text()), "identity": "another"}))
+    step, identity = max(states_of(root)), place.name.removeprefix("training-")
+    state = StateFolder(Folder.of(place), identity).load(step)
+    StateFolder(Folder.of(place), "another").write(dataclasses.replace(state, identity="another"))
     result = run(root, "--resources.num-workers", "2")
     assert_one_line(result, "expected the training state of run", "found one of run another", "move that folder away")
+    assert StateFolder(Folder.of(place), "another").load(step).history == state.history
+    StateFolder(Folder.of(place), identity).write(state)
+    result = run(root, "--resources.num-workers", "2")
+    assert f"train_vqvae: went on from step {step}" in result.stdout, result.stdout + result.stderr
+    assert model(root).files == model(done).files
 
 
 def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None:
@@ -255,6 +265,7 @@ def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None
     wait_for_step(root, 20, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
+    before = {path: path.read_bytes() for path in root.glob("train_vqvae-*/training-*/step-*/*")}
     shard = next(root.glob("shard-*"))
     manifest = json.loads((shard / MANIFEST).read_text())
     images = make_images(Folder.of(root / "made"), [96], size=32, validation=48)
@@ -267,7 +278,9 @@ def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None
     result = run(root, "--resources.num-workers", "2")
     assert result.returncode == 0, result.stderr
     assert "went on from step" not in result.stdout
+    assert "train_vqvae: starting from step 0, since the 1 training in" in result.stdout
     assert len(list(root.glob("train_vqvae-*/training-*"))) == 2
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize(
@@ -276,9 +289,110 @@ def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None
         (["--resources.num-workers", "3"], ["expected a number of workers that divides --train.num-lanes 4, found 3"]),
         (["--train.batch-size", "10"], ["num_lanes must divide batch_size 10, was 4; the largest that does is 2"]),
         (["--train.batch-size", "4000", "--train.num-lanes", "4"], ["expected at least one batch of 4000 samples"]),
+        (["--augment.crop-size", "30"], ["expected --augment.crop-size to be a multiple of 4, found 30"]),
         (["--augment.crop-size", "64"], ["expected a crop_size of at most 32, the size of the stored images, was 64"]),
         (["--train.learning-rate", "1e18"], ["expected finite numbers, found", "in step", "lower the learning rate"]),
     ],
 )
 def test_bad_input(root: Path, options: list[str], words: list[str]) -> None:
     assert_one_line(run(root, *options), *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--resources.num-workers", "3"], "expected a number of workers that divides --train.num-lanes 4, found 3"),
+        (["--train.batch-size", "10"], "num_lanes must divide batch_size 10"),
+        (["--resources.cpus-per-worker", "64"], "workers with 64 CPUs each"),
+        (["--resources.use-gpu"], "expected 2 GPUs"),
+    ],
+)
+def test_what_is_refused_in_the_middle_loses_nothing(done: Path, stopped: Path, options: list[str], words: str) -> None:
+    """A run with states, a command that is refused, and the right one: it goes on, and ends with the same bits."""
+    before = {path: path.read_bytes() for path in stopped.glob("train_vqvae-*/training-*/step-*/*")}
+    assert before
+    assert_one_line(run(stopped, "--resources.num-workers", "2", *options), words)
+    assert {path: path.read_bytes() for path in stopped.glob("train_vqvae-*/training-*/step-*/*")} == before
+
+
+@pytest.fixture(scope="module")
+def stopped(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose training was asked to stop in the middle."""
+    root = tmp_path_factory.mktemp("stopped") / "root"
+    for stage in ("index", "shard"):
+        place = Path(artifacts(done)[stage].folder.uri)
+        shutil.copytree(place, root / place.name)
+    process = start(root, "--resources.num-workers", "2")
+    wait_for_step(root, 60, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    return root
+
+
+def test_what_was_refused_in_the_middle_goes_on(done: Path, stopped: Path) -> None:
+    result = run(stopped, "--resources.num-workers", "2")
+    assert "train_vqvae: went on from step" in result.stdout, result.stdout + result.stderr
+    assert model(stopped).files == model(done).files
+
+
+def test_too_many_failures_end_with_the_last_error_and_keep_states(root: Path) -> None:
+    options = ["--resources.num-workers", "2", "--resources.max-failures", "1", "--train.steps", "100000"]
+    process = start(root, *options)
+    wait_for_step(root, 20, process)
+    first = workers(process)
+    os.kill(first[0], signal.SIGKILL)
+    until(lambda: len(workers(process)) == 2 and not set(workers(process)) & set(first), process)
+    wait_for_step(root, max(states_of(root)) + 20, process)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    assert process.wait(120) == 2
+    said = log_of(root).read_text()
+    assert "train_vqvae: training stopped after 1 restarts (--resources.max-failures), the last error was:" in said
+    assert "the last checkpoint is kept, the same command goes on from it" in said
+    assert said.splitlines()[-1].startswith("error: ")
+    kept = max(states_of(root))
+    process = start(root, *options)
+    wait_for_step(root, kept + 20, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    history = json.loads(max(root.glob("train_vqvae-*/training-*/step-*/state.json")).read_text())["history"]
+    assert [point["step"] for point in history] == list(range(10, history[-1]["step"] + 10, 10))
+
+
+def test_nodes_that_go_and_come(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every node that trains is killed once; as many ranks train as there is room for, and more again later."""
+    cluster = Cluster(2)
+    ours = os.getpid()  # whose children the nodes are
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        options = ["--resources.num-workers", "2", "--resources.min-workers", "1", "--resources.cpus-per-worker", "1",
+                   "--train.steps", "100000", "--train.validate-every", "100000"]  # fmt: skip
+        process = start(root, *options)
+        wait_for_step(root, 20, process)
+        assert len(workers(ours)) == 2
+        cluster.remove(0)
+        wait_for_step(root, max(states_of(root)) + 100, process)
+        assert len(workers(ours)) == 1
+        cluster.add()
+        until(lambda: len(workers(ours)) == 2, process, 240)  # Ray Train looks once a minute
+        wait_for_step(root, max(states_of(root)) + 40, process)
+        cluster.remove(0)  # the one that was there all the time
+        wait_for_step(root, max(states_of(root)) + 100, process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143, log_of(root).read_text()
+        history = json.loads(max(root.glob("train_vqvae-*/training-*/step-*/state.json")).read_text())["history"]
+        assert [point["step"] for point in history] == list(range(10, history[-1]["step"] + 10, 10))
+    finally:
+        cluster.close()
+
+
+def test_an_alarm_where_few_codes_are_used(root: Path) -> None:
+    many = ["--vqvae.quantizer.num-codes", "4096", "--vqvae.quantizer.revive-every", "0"]
+    result = run(root, *many, "--resources.usage-alarm", "1.0", "--train.steps", "40")
+    assert result.returncode == 0, result.stderr
+    assert re.search(
+        r"^train_vqvae: alarm at step \d+: \d+\.\d % of the codes were used in the last epoch, expected at least 100 %",
+        result.stdout, re.MULTILINE,
+    )  # fmt: skip
+    other = run(root, *many, "--resources.usage-alarm", "0.0", "--train.steps", "60")
+    assert other.returncode == 0, other.stderr
+    assert "alarm at step" not in other.stdout

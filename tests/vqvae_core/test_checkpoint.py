@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,15 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     assert states.steps() == [50, 40, 20]
 
 
+def test_a_torn_state_takes_no_whole_ones_place(tmp_path: Path) -> None:
+    """Killed while 30 was written, training went on from 20: if 40 is altered, 20 must still be there."""
+    states = saved(tmp_path, 10, 20, 30, keep=2)
+    (tmp_path / "step-000000030" / "state.json").unlink()
+    states.save(state(40))
+    states.wait()
+    assert states.steps() == [40, 20]
+
+
 def test_saving_does_not_wait_and_the_next_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import threading
 
@@ -77,6 +87,12 @@ def test_saving_does_not_wait_and_the_next_one_does(tmp_path: Path, monkeypatch:
     assert order == [1, 2]
 
 
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -89,9 +105,16 @@ def flip(path: Path) -> None:
         (lambda place: flip(place / "state.safetensors"), "expected sha256"),
         (lambda place: (place / "state.safetensors").unlink(), "expected state.safetensors at"),
         (lambda place: (place / "state.json").unlink(), "found no state.json"),
-        (lambda place: (place / "state.json").write_text('{"version": 2, "st'), "expected JSON in"),
+        (lambda place: (place / "state.json").write_text('{"version": 3, "st'), "expected the index of a state in"),
+        (lambda place: (place / "state.json").write_text('{"version": 3}'), "as it was written, found it altered"),
+        (lambda place: replace(place / "state.json", "20.1", "20.2"), "as it was written, found it altered"),
+        (
+            lambda place: replace(place / "state.json", '"step": 20', '"step": 30'),
+            "as it was written, found it altered",
+        ),
+        (lambda place: shutil.copy(place.with_name("step-000000010") / "state.json", place), "found it altered"),
     ],
-    ids=["flipped", "missing", "torn", "half"],
+    ids=["flipped", "missing", "torn", "half", "empty", "a digit", "another step", "of another state"],
 )
 def test_what_is_torn_is_passed_over_and_both_are_named(tmp_path: Path, harm, words: str) -> None:
     said: list[str] = []
@@ -125,7 +148,7 @@ def test_another_run_and_another_version_are_refused(tmp_path: Path) -> None:
         StateFolder(Folder.of(tmp_path), "other").newest()
     index = tmp_path / "step-000000010" / "state.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "version": 1}))
-    with pytest.raises(CheckpointError, match="expected training state version 2 at .*, found 1; use the release"):
+    with pytest.raises(CheckpointError, match="expected training state version 3 at .*, found 1; use the release"):
         states.newest()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.faults import faulty
 from tests.vqvae_core.shards import key_of, make_images, picture
 from vqvae_core import loader as loading
 from vqvae_core.artifacts import Artifact, ArtifactError
@@ -43,6 +44,18 @@ def expected(loader: ImageLoader, start: int, stop: int) -> list[list[int]]:
 def test_batches_are_those_of_the_order(images: ImageShards, num_workers: int) -> None:
     loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=num_workers)
     assert numbers(loader, 0, 17) == expected(loader, 0, 17)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_wider_than_windows(tmp_path: Path, num_workers: int) -> None:
+    """Its shards are open, however many windows it reaches into."""
+    images = make_images(Folder.of(tmp_path), [2] * 20)
+    config = OrderConfig(batch_size=16, num_lanes=1, shuffle_window=2)
+    loader = ImageLoader(images, config, AugmentConfig(), num_workers=num_workers)
+    known = {picture(number).tobytes(): number for number in range(40)}
+    for step, batch in enumerate(loader.batches(0, 6)):
+        places = loader.order.batch(step, loader.lanes)
+        assert [known[pixels.numpy().tobytes()] for pixels in batch] == (2 * places.files + places.rows).tolist()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -112,6 +125,19 @@ def test_from_s3(images: ImageShards, s3_bucket: str) -> None:
     for num_workers in (0, 2):
         loader = ImageLoader(remote, CONFIG, AugmentConfig(), num_workers=num_workers)
         assert numbers(loader, 0, 6) == expected(loader, 0, 6)
+
+
+def test_from_s3_with_faults(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503s, resets and cut bodies, each of which came up: the pictures are the same."""
+    proxy = faulty(monkeypatch)
+    remote = make_images(Folder.of(f"{s3_bucket}/loader-faults"), ROWS)
+    try:
+        for _ in range(3):
+            loader = ImageLoader(remote, CONFIG, AugmentConfig())
+            assert numbers(loader, 0, 6) == expected(loader, 0, 6)
+    finally:
+        proxy.stop()
+    assert min(proxy.counts.values()) > 0, proxy.counts
 
 
 def open_files() -> int:

@@ -86,6 +86,20 @@ def test_near_files_are_those_that_are_read_from_here_to_the_end_of_the_next_win
     assert len(near) == len(set(near))
 
 
+@pytest.mark.parametrize(("batch_size", "num_lanes", "window"), [(32, 1, 5), (32, 2, 1), (16, 1, 16), (96, 1, 7)])
+def test_near_files_hold_all_of_a_batch_that_is_wider_than_windows(
+    batch_size: int, num_lanes: int, window: int
+) -> None:
+    """What is open changes only where a step begins in another window."""
+    order = Order(FILES * 4, OrderConfig(batch_size=batch_size, num_lanes=num_lanes, shuffle_window=window))
+    lanes, share, at, near = range(num_lanes), batch_size // num_lanes, (-1, -1), set()
+    for step in range(3 * order.steps_per_epoch):
+        epoch, index = divmod(step, order.steps_per_epoch)
+        if at != (at := (epoch, index * share // window)):
+            near = set(order.near(step, lanes))
+        assert set(order.batch(step, lanes).files.tolist()) <= near
+
+
 def test_messages() -> None:
     with pytest.raises(ValueError, match="num_lanes must divide batch_size 12, was 8; the largest that does is 6"):
         OrderConfig(batch_size=12, num_lanes=8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.vqvae_core.shards import InMemory
 from vqvae_core.checkpoint import StateFolder, TrainingState
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
 from vqvae_core.prior_training import PriorTraining
-from vqvae_core.quantizer import QuantizerConfig
+from vqvae_core.quantizer import QuantizerConfig, VectorQuantizer
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape
 from vqvae_core.train import NonFiniteLossError, StoppedError, Worker, best_step, train
@@ -115,7 +116,7 @@ def test_resume_equals_no_interruption(tmp_path: Path, case: str) -> None:
 
 
 def run_ranks(
-    world_size: int, quantizer: str, schedule: TrainConfig, dtype: torch.dtype, resume: TrainingState | None = None
+    world_size: int, quantizer: str, schedule: TrainConfig, dtype: torch.dtype, *, micro_batch: int | None = None
 ) -> list[VQVAE]:
     """The same training on ranks that are threads, with a sum over them in a fixed order."""
     schedule = replace(schedule, deterministic=False)  # a setting of the process, not of a thread
@@ -131,12 +132,15 @@ def run_ranks(
 
     tasks = []
     for rank in range(world_size):
-        worker = Worker(rank=rank, world_size=world_size, all_reduce=lambda tensor, rank=rank: all_reduce(rank, tensor))
+        worker = Worker(
+            rank=rank, world_size=world_size, micro_batch=micro_batch,
+            all_reduce=lambda tensor, rank=rank: all_reduce(rank, tensor),
+        )  # fmt: skip
         tasks.append((*a_task(quantizer, schedule, worker, dtype), worker))
 
     def work(rank: int) -> None:
         task, batches, worker = tasks[rank]
-        train(task, batches, schedule, worker, "run", resume)
+        train(task, batches, schedule, worker, "run")
 
     with ThreadPoolExecutor(world_size) as pool:
         list(pool.map(work, range(world_size)))
@@ -156,10 +160,21 @@ FIFTY = replace(SCHEDULE, steps=50, log_every=50, validate_every=50, learning_ra
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-3)], ids=["fp64", "fp32"])
-def test_many_ranks_equal_one(quantizer: str, dtype: torch.dtype, limit: float) -> None:
+def test_many_ranks_equal_one(
+    quantizer: str, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After 50 steps, with a k-means++ start and revivals: only the order of sums differs."""
+    revived, whole = [], VectorQuantizer.revive
+
+    def counted(self: VectorQuantizer, candidates: torch.Tensor) -> torch.Tensor:
+        codes = whole(self, candidates)
+        revived.append(len(codes))
+        return codes
+
+    monkeypatch.setattr(VectorQuantizer, "revive", counted)
     (one,) = run_ranks(1, quantizer, FIFTY, dtype)
     assert one.quantizer.started
+    assert (sum(revived) > 0) == (quantizer != "fsq"), "no code was revived: nothing of it is tested"
     for world_size in (2, 4):
         many = run_ranks(world_size, quantizer, FIFTY, dtype)
         assert all(same(many[0], model) for model in many[1:])
@@ -170,11 +185,9 @@ def test_many_ranks_equal_one(quantizer: str, dtype: torch.dtype, limit: float) 
 def test_pieces_of_a_batch_equal_the_whole(quantizer: str) -> None:
     """Gradient accumulation, on one rank and on two, where 3 does not divide the share."""
     (one,) = run_ranks(1, quantizer, FIFTY, torch.float64)
-    for micro_batch in (1, 3, 4):
-        worker = Worker(micro_batch=micro_batch)
-        task, batches = a_task(quantizer, FIFTY, worker, torch.float64)
-        train(task, batches, FIFTY, worker, "run")
-        assert furthest(one, task.model) < 1e-10
+    for world_size, micro_batch in ((1, 1), (1, 3), (1, 4), (2, 1), (2, 3)):
+        many = run_ranks(world_size, quantizer, FIFTY, torch.float64, micro_batch=micro_batch)
+        assert furthest(one, many[0]) < 1e-10
 
 
 def test_golden_curve() -> None:
@@ -244,6 +257,29 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(monkeypatch: p
         run(worker=worker)
     assert [state.step for state in saved] == [2, 4, 6]
     assert all(torch.isfinite(tensor).all() for tensor in saved[-1].tensors.values())
+
+
+def test_the_checkpoint_that_a_message_names_is_written_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the store: the process may end with the message."""
+    written, whole, images, calls = [], StateFolder.write, VQVAETraining._images, []
+
+    def slow(self: StateFolder, state: TrainingState) -> None:
+        time.sleep(0.5)
+        whole(self, state)
+        written.append(state.step)
+
+    def poisoned(self: VQVAETraining, pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(0)
+        return images(self, pixels) * (float("nan") if len(calls) == 8 else 1)
+
+    monkeypatch.setattr(StateFolder, "write", slow)
+    monkeypatch.setattr(VQVAETraining, "_images", poisoned)
+    states = StateFolder(Folder.of(tmp_path), "run")
+    with pytest.raises(NonFiniteLossError, match="the checkpoint of step 6 is good and kept"):
+        run(worker=Worker(checkpoint_every=6, save=states.save, flush=states.wait))
+    assert written == [6]
 
 
 def test_what_is_asked_for_comes_after_a_checkpoint() -> None:
