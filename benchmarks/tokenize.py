@@ -83,7 +83,8 @@ def make_model(folder: Folder, precision: str) -> None:
         data = value if isinstance(value, bytes) else value.encode()
         folder.write(name, data)
         entries.append(FileEntry.of(name, data))
-    _commit(folder, "VQVAEModel", entries, {"K": DOOM84.vqvae.quantizer.num_codes, "precision": precision})
+    facts = {"K": DOOM84.vqvae.quantizer.num_codes, "precision": precision, "image_size": SIZE}
+    _commit(folder, "VQVAEModel", entries, facts)
 
 
 def _commit(folder: Folder, kind: str, files: list[FileEntry], facts: dict[str, Any]) -> None:
