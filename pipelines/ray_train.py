@@ -4,9 +4,9 @@ States are the project's own (vqvae_core/checkpoint.py): Ray's list of checkpoin
 can tear it, and knows nothing of hashes. Ray Train starts workers, again where they die, more or fewer where it may.
 """
 
-import asyncio
 import contextlib
 import os
+import queue
 import signal
 import threading
 import time
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from pipelines.board import Board
 from pipelines.config import Resources
 from pipelines.progress import Progress
 from pipelines.stage import Pipeline
@@ -40,54 +41,6 @@ class TrainingFailedError(RuntimeError):
     """Training workers died more often than allowed."""
 
 
-class _Board:
-    """An actor between workers and the driver, so that workers need no tracking client and the driver can ask."""
-
-    def __init__(self) -> None:
-        self._posts: list[tuple[str, int, Any]] = []
-        self._failure: tuple[str, str] | None = None
-        self._saves, self._stops, self._news = False, False, asyncio.Event()
-        self._nodes = set[str]()
-
-    async def post(self, kind: str, step: int, value: Any) -> None:
-        """kind: metrics, pictures, line, or end, which asks the driver to end the whole group."""
-        self._posts.append((kind, step, value))
-
-    async def read(self) -> list[tuple[str, int, Any]]:
-        """What was posted since it was read last."""
-        posts, self._posts = self._posts, []
-        return posts
-
-    async def fail(self, kind: str, message: str) -> None:
-        self._failure = self._failure or (kind, message)
-
-    async def failure(self) -> tuple[str, str] | None:
-        """What ended training for good: kind and message of an error that starting again would not mend."""
-        return self._failure
-
-    async def ask(self, what: str) -> None:
-        """what: save, or stop, which stays."""
-        self._saves |= what == "save"
-        self._stops |= what == "stop"
-        self._news.set()
-
-    async def take_asked(self, patience: float) -> str:
-        """What is asked for, "" where nothing is within `patience` seconds. A save is asked for once."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._news.wait(), patience)
-        saves, self._saves = self._saves, False
-        if not self._stops:
-            self._news.clear()
-        return "stop" if self._stops else "save" if saves else ""
-
-    async def join(self, node: str) -> None:
-        self._nodes.add(node)
-
-    async def nodes(self) -> set[str]:
-        """Nodes that workers run on, or ran on."""
-        return self._nodes
-
-
 def fit(
     pipeline: Pipeline, loop: Loop, settings: dict[str, Any], *, name: str, work: str, folder: Folder, run: StageRun
 ) -> dict[str, Any]:
@@ -107,10 +60,8 @@ def fit(
     if pipeline.session.alone:  # no node is taken away, and nobody collects Ray's own metrics
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    import ray
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     place = folder / f"training-{work}"
     others = [other for other in folder.folders() if other.startswith("training-") and other != place.name]
@@ -120,9 +71,7 @@ def fit(
             "states are kept",
             flush=True,
         )
-    # Beside the driver: on another node it would be gone with that.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board = Board()
     needed = resources.min_workers or resources.num_workers
     workers = (needed, resources.num_workers) if elastic else resources.num_workers
     trainer = TorchTrainer(
@@ -130,7 +79,7 @@ def fit(
         train_loop_config={
             "loop": loop,
             "settings": settings,
-            "board": board,
+            "board": board.name,
             "states": place.uri,
             "identity": work,
             "keep": resources.keep_checkpoints,
@@ -152,40 +101,41 @@ def fit(
         ),
     )
     value: dict[str, Any] = {}
-    with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):
-        try:
-            value = trainer.fit().return_value or {}
-        except WorkerGroupError as error:
-            _raise_failure(board)
-            raise TrainingFailedError(
-                f"{name}: training stopped after {resources.max_failures} restarts (--resources.max-failures), the "
-                f"last error was: {_last_line(error)}; the last checkpoint is kept, the same command goes on from it"
-            ) from error
-        except ControllerError as error:
-            _raise_failure(board)
-            raise TrainingFailedError(
-                f"{name}: expected {needed} workers to start, they did not in {_CONTROLLER_FAILURES + 1} attempts: "
-                f"{_last_line(error)}; is the cluster busy with other work? What was trained is kept, the same command "
-                "goes on from it"
-            ) from error
-        except SystemExit:  # what Ray Train makes of SIGINT: the follower's, or else Ctrl-C
-            _raise_failure(board)
-            raise KeyboardInterrupt from None
-    _raise_failure(board)
+    with contextlib.closing(board):
+        with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):
+            try:
+                value = trainer.fit().return_value or {}
+            except (WorkerGroupError, ControllerError) as error:
+                _raise_failure(board)
+                started = isinstance(error, WorkerGroupError)
+                raise TrainingFailedError(_over(name, resources, error, started=started)) from error
+            except SystemExit:  # what Ray Train makes of SIGINT: the follower's, or else Ctrl-C
+                _raise_failure(board)
+                raise KeyboardInterrupt from None
+        _raise_failure(board)
     if value["resumed_from"]:
         done = " (it was finished)" if value["resumed_from"] == settings["steps"] else ""
         print(f"{name}: went on from step {value['resumed_from']}{done}", flush=True)
     return value
 
 
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+def _over(name: str, resources: Resources, error: Exception, *, started: bool) -> str:
+    """The message of a training that ended in Ray Train's hands. started: its workers did."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if started:
+        return (
+            f"{name}: training stopped after {resources.max_failures} restarts (--resources.max-failures), the last "
+            f"error was: {reason}; the last checkpoint is kept, the same command goes on from it"
+        )
+    return (
+        f"{name}: expected {resources.min_workers or resources.num_workers} workers to start, they did not in "
+        f"{_CONTROLLER_FAILURES + 1} attempts: {reason}; is the cluster busy with other work? What was trained is "
+        "kept, the same command goes on from it"
+    )
 
 
-def _raise_failure(board: Any) -> None:
-    import ray
-
-    failure = ray.get(board.failure.remote())
+def _raise_failure(board: Board) -> None:
+    failure = board.failure()
     if failure is not None:
         raise _FINAL[failure[0]](failure[1])
 
@@ -214,7 +164,7 @@ def _signals(follower: "_Follower") -> Iterator[None]:
 class _Follower:
     """A thread that moves what is posted on the board to the progress bar and to tracking while `fit` blocks."""
 
-    def __init__(self, pipeline: Pipeline, board: Any, name: str, steps: int, run: StageRun) -> None:
+    def __init__(self, pipeline: Pipeline, board: Board, name: str, steps: int, run: StageRun) -> None:
         self._session, self._usage_alarm = pipeline.session, pipeline.resources.usage_alarm
         self._board, self._run, self._name = board, run, name
         self._progress = Progress(name, steps, "steps")
@@ -244,33 +194,29 @@ class _Follower:
         while not self._over:
             if self._wake.wait(_SECONDS_BETWEEN_POLLS):
                 self._wake.clear()
-            if self._stops and not self._told:
-                self._told = True
-                self._board.ask.remote("stop")
-                print(f"{self._name}: asked to stop; a checkpoint is written first", flush=True)
-            with contextlib.suppress(RayError):
+            with contextlib.suppress(RayError):  # again in a moment
+                if self._stops and not self._told:
+                    self._board.ask("stop")
+                    self._told = True
+                    print(f"{self._name}: asked to stop; a checkpoint is written first", flush=True)
                 self._watch_nodes()
             self._drain()
 
     def _watch_nodes(self) -> None:
         """Ask for a checkpoint every few seconds while a node that trains is about to be taken away."""
-        import ray
-
         leaving = self._session.leaving_nodes()
         if leaving and time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
-            trains: set[str] = ray.get(self._board.nodes.remote(), timeout=10)
-            if leaving & trains:
+            if leaving & self._board.nodes():
                 if not self._saved:
                     print(f"{self._name}: a node is about to be taken away, a checkpoint is written", flush=True)
                 self._saved = time.monotonic()
-                self._board.ask.remote("save")
+                self._board.ask("save")
 
     def _drain(self) -> None:
-        import ray
         from ray.exceptions import RayError
 
         try:
-            posts = ray.get(self._board.read.remote(), timeout=10)
+            posts = self._board.take_posts()
         except RayError:  # the curves are also in the checkpoint and the artifact
             return
         points = [(step, self._with_alarm(step, value)) for kind, step, value in posts if kind == "metrics"]
@@ -310,27 +256,25 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
-    begin, board = time.time(), config["board"]
+    begin, board = time.time(), Board(config["board"])
     torch.set_num_threads(config["threads"])
     rank, ranks = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     world_size, group = _share_lanes(config["settings"]["train"]["num_lanes"], ranks)
-    if rank >= world_size or ray.get(board.failure.remote()) is not None:
+    if rank >= world_size or board.failure() is not None:
         return {}  # one rank too many; or another has told why, and starting again would not mend it
 
-    board.join.remote(ray.get_runtime_context().get_node_id())
+    board.join(ray.get_runtime_context().get_node_id())
 
     def all_reduce(tensor: torch.Tensor) -> None:
         if world_size > 1:
             torch.distributed.all_reduce(tensor, group=group)
 
-    def post(kind: str, step: int, value: Any) -> None:
-        board.post.remote(kind, step, value)
-
+    link = _Link(board, asks=rank == 0)
     states = StateFolder(
-        Folder(config["states"]), config["identity"], keep=config["keep"], warn=lambda line: post("line", 0, line)
+        Folder(config["states"]), config["identity"], keep=config["keep"], warn=lambda line: link.post("line", 0, line)
     )
     device = ray.train.torch.get_device()
-    with _Asked(board, rank) as asked:
+    with link:
         worker = Worker(
             rank=rank,
             world_size=world_size,
@@ -339,24 +283,24 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
             micro_batch=config["micro_batch"],
             compile=config["compile"] and device.type == "cuda",
             all_reduce=all_reduce,
-            log=lambda step, metrics: post("metrics", step, metrics),
-            show=lambda step, pictures: post("pictures", step, pictures),
-            warn=lambda line: post("line", 0, line),
+            log=lambda step, metrics: link.post("metrics", step, metrics),
+            show=lambda step, pictures: link.post("pictures", step, pictures),
+            warn=lambda line: link.post("line", 0, line),
             save=states.save,
             flush=states.wait,
             load=states.load,
-            asked=asked.take,
+            asked=link.take_asked,
         )
         try:
             state = _agreed_state(states, rank, device, all_reduce)
             value = config["loop"](config["settings"], worker, state)
         except (InputError, NonFiniteLossError, StoppedError) as error:
             kind = next(name for name, final in _FINAL.items() if isinstance(error, final))
-            ray.get(board.fail.remote(kind, str(error)))
+            board.fail(kind, str(error))
             if world_size == 1:
                 return {}
             if config["driver_ends"]:  # other ranks may wait for this one, and a failed group would be started again,
-                post("end", 0, None)  # which on a cluster that shrinks takes minutes
+                link.post("end", 0, None)  # which on a cluster that shrinks takes minutes
                 time.sleep(_SECONDS_TO_BE_ENDED)
             raise
     return {**value, "resumed_from": state.step if state else 0, "work_seconds": time.time() - begin}
@@ -400,39 +344,50 @@ def _agreed_state(
     )
 
 
-class _Asked:
-    """What the driver asks of training. A thread of rank 0 waits for it at the board: the loop asks after each step."""
+class _Link:
+    """A rank's way to the board and back: a thread, so that no step waits for Ray's head. asks: whether it looks for
+    what the driver asks of training, which the loop of one rank takes after each step."""
 
-    def __init__(self, board: Any, rank: int) -> None:
-        self._board, self._waits, self._asked = board, rank == 0, ""
-        self._over = False
-        self._thread = threading.Thread(target=self._wait, name="asked", daemon=True)
+    def __init__(self, board: Board, *, asks: bool) -> None:
+        self._board, self._asks, self._asked = board, asks, ""
+        self._posts: queue.Queue[tuple[str, int, Any] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="link", daemon=True)
 
-    def __enter__(self) -> "_Asked":
-        if self._waits:
-            self._thread.start()
+    def __enter__(self) -> "_Link":
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over = True
+        self._posts.put(None)
+        self._thread.join(_SECONDS_OF_PATIENCE)
 
-    def take(self) -> Any:
+    def post(self, kind: str, step: int, value: Any) -> None:
+        self._posts.put((kind, step, value))
+
+    def take_asked(self) -> Any:
         """ "", save or stop; a save is given once."""
         asked = self._asked
         if asked == "save":
             self._asked = ""
         return asked
 
-    def _wait(self) -> None:
-        import ray
+    def _work(self) -> None:
         from ray.exceptions import RayError
 
-        while not self._over and self._asked != "stop":
-            try:
-                answer = self._board.take_asked.remote(_SECONDS_OF_PATIENCE)
-                self._asked = ray.get(answer, timeout=2 * _SECONDS_OF_PATIENCE) or self._asked
-            except RayError:  # the driver is gone, or the board's node is slow
-                time.sleep(_SECONDS_BETWEEN_POLLS)
+        looked = 0.0
+        while True:
+            post = None
+            with contextlib.suppress(queue.Empty):
+                post = self._posts.get(timeout=_SECONDS_BETWEEN_POLLS)
+                if post is None:
+                    return
+            # Ray's head may be slow or gone: the curves are also in the state and the artifact.
+            with contextlib.suppress(RayError):
+                if post is not None:
+                    self._board.post(*post)
+                if self._asks and self._asked != "stop" and time.monotonic() - looked > _SECONDS_BETWEEN_POLLS:
+                    looked = time.monotonic()
+                    self._asked = self._board.take_asked() or self._asked
 
 
 def describe(resources: Resources) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import queue
+import resource
 import signal
 import socket
 import subprocess
@@ -129,6 +130,7 @@ class _OpenShards:
         self._images, self._order, self._lanes, self._crew, self._known = images, order, lanes, crew, known
         self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="shards")
         self._files: dict[int, Future[tuple[MappedFile, TarIndex]]] = {}
+        _allow_open_files()
         self._given: set[int] = set()
         self._window = (-1, -1)
 
@@ -179,6 +181,14 @@ class _OpenShards:
         for shard in [*self._files]:
             self._drop(shard)
         self._pool.shutdown()
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets: a shard that is open is one here, and one more for each process that decodes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class _Thread:

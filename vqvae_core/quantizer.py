@@ -68,6 +68,8 @@ class QuantizerConfig:
     def _follow_levels(self) -> None:
         if min(self.levels) < 2:
             raise ValueError(f"levels must be 2 or more in each channel, were {' '.join(map(str, self.levels))}")
+        if max(self.levels) * _MARGIN > 1:  # the margin would reach the next whole number
+            raise ValueError(f"levels must be at most {round(1 / _MARGIN)}, were {' '.join(map(str, self.levels))}")
         if self.normalize or self.gradient != "straight_through" or self.revive_every or self.learn_by != "loss":
             raise ValueError(
                 "levels (FSQ) leave no table to learn: leave out learn_by, gradient, normalize and revive_every"

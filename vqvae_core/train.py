@@ -308,11 +308,12 @@ def _deterministic(wanted: bool, device: str) -> Iterator[None]:
     if not wanted:
         yield
         return
+    settings: Any = torch.utils.deterministic  # a module that is an object
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    tries = torch.backends.cudnn.benchmark
     if torch.device(device).type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.backends.cudnn.benchmark = False
-    settings: Any = torch.utils.deterministic  # a module that is an object
-    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     settings.fill_uninitialized_memory = False  # a check for forgotten values, at the cost of a pass
     try:
@@ -320,3 +321,4 @@ def _deterministic(wanted: bool, device: str) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         settings.fill_uninitialized_memory = before[1]
+        torch.backends.cudnn.benchmark = tries
