@@ -205,12 +205,12 @@ class _Follower:
     def _watch_nodes(self) -> None:
         """Ask for a checkpoint every few seconds while a node that trains is about to be taken away."""
         leaving = self._session.leaving_nodes()
-        if leaving and time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES:
-            if leaving & self._board.nodes():
-                if not self._saved:
-                    print(f"{self._name}: a node is about to be taken away, a checkpoint is written", flush=True)
-                self._saved = time.monotonic()
-                self._board.ask("save")
+        is_due = time.monotonic() - self._saved > _SECONDS_BETWEEN_SAVES
+        if leaving and is_due and leaving & self._board.nodes():
+            if not self._saved:
+                print(f"{self._name}: a node is about to be taken away, a checkpoint is written", flush=True)
+            self._saved = time.monotonic()
+            self._board.ask("save")
 
     def _drain(self) -> None:
         from ray.exceptions import RayError
