@@ -102,7 +102,7 @@ def test_help_explains_each_field(capsys: pytest.CaptureFixture[str]) -> None:
         (["--preset", "smoke", "--root", "/proc/nothing"], ["expected a folder that can be written at /proc"]),
         (
             ["--preset", "smoke", "--resources.num-workers", "4", "--resources.cpus-per-worker", "9999"],
-            ["expected 39996 CPUs (4 workers with 9999 each), the cluster has", "lower --resources.num-workers"],
+            ["expected 39996 CPUs (4 workers with 9999 CPUs each", "lower --resources.num-workers"],
         ),
     ],
 )
