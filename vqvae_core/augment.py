@@ -37,9 +37,14 @@ class AugmentConfig:
             )
         return size
 
+    @property
+    def keeps_all(self) -> bool:
+        """Images stay as they are stored."""
+        return not self.flip and self.crop_size is None
+
     def apply(self, pixels: np.ndarray, *, key: str, seed: int, epoch: int) -> np.ndarray:
         """Pixels (H, W, 3), cut and mirrored, as a view."""
-        if not self.flip and self.crop_size is None:
+        if self.keeps_all:
             return pixels
         number = mix(seed, epoch, int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]))
         if self.crop_size is not None:

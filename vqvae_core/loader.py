@@ -15,8 +15,10 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, count, islice
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,15 +26,17 @@ import torch
 from torch import Tensor
 
 from vqvae_core.augment import AugmentConfig
-from vqvae_core.decoder import Decoder
+from vqvae_core.decoder import Decoder, batch_memory
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards, TarIndex, index_tar
 from vqvae_core.loader_channel import Channel, ChannelClosedError
 from vqvae_core.mapped_file import MappedFile
-from vqvae_core.order import Order, OrderConfig, lanes_of
+from vqvae_core.order import Order, OrderConfig, Places, lanes_of
 
-_AHEAD = 4  # batches in the making while one is used
+_STRETCH = 128  # samples, at least, that are asked for at once: a message costs as much as some of them
+_AHEAD = 4  # batches, at least, in the making while one is used
 _FETCHES = 8  # shards that are opened at once
+_SMOOTH = 0.9  # of the rates of processes, from one batch to the next
 _MAX_DEATHS = 3  # of a loader's processes
 
 
@@ -70,25 +74,31 @@ class ImageLoader:
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         """Pixels, uint8 (B / world_size, S, S, 3), of steps start to stop - 1.
 
-        Each is valid until the next is asked for, whose making overwrites it. Raises `ArtifactError` naming the file or
+        Each is valid until the next is asked for, then it is overwritten. Raises `ArtifactError` naming the file or
         image that is not what it should be, `LoaderError` where processes die again and again.
         """
-        slots = _AHEAD + 1
-        shape = (slots, self._rank_batch, self.size, self.size, 3)
-        batches = MappedFile.nameless(int(np.prod(shape)))
-        pixels = np.frombuffer(batches.data, np.uint8).reshape(shape)
-        crew = self._crew(batches, pixels.reshape(-1, *shape[2:]))
+        longest = -(-_STRETCH // self._rank_batch)  # steps of a stretch, of which a message tells
+        ahead = max(2, -(-_AHEAD // longest))
+        shape = (ahead + 1, longest, self._rank_batch, self.size, self.size, 3)
+        num_bytes = int(np.prod(shape))
+        batches = MappedFile.nameless(num_bytes + 64)
+        pixels = batch_memory(num_bytes, batches.data).reshape(shape)
+        crew = self._crew(batches, pixels.reshape(-1, *shape[3:]))
         shards = _OpenShards(self._images, self.order, self.lanes, crew, self._known)
+        stretches = self.order.stretches(start, stop, longest)
+        asked: deque[range] = deque()
         try:
-            asked = start
-            for step in range(start, stop):
-                while asked < min(stop, step + slots):
-                    places = shards.at(asked)
-                    first = asked % slots * self._rank_batch
-                    crew.decode(asked, asked // self.order.steps_per_epoch, places.files, places.rows, first)
-                    asked += 1
-                crew.wait(step)
-                yield torch.from_numpy(pixels[step % slots])
+            for number in count():
+                for steps in islice(stretches, ahead + 1 - len(asked)):
+                    places = shards.at(steps)
+                    first = (number + len(asked)) % len(pixels) * longest * self._rank_batch
+                    crew.decode(steps.start // self.order.steps_per_epoch, places.files, places.rows, first)
+                    asked.append(steps)
+                if not asked:
+                    return
+                crew.wait()
+                for place in range(len(asked.popleft())):
+                    yield torch.from_numpy(pixels[number % len(pixels), place])
         finally:
             crew.end()
             shards.close()
@@ -110,12 +120,12 @@ class _Crew(Protocol):
 
     def close(self, shard: int) -> None: ...
 
-    def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
+    def decode(self, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
         """Begin to fill the images from `first` on."""
         ...
 
-    def wait(self, step: int) -> None:
-        """Until that step is done; steps are waited for in the order in which they began."""
+    def wait(self) -> None:
+        """Until the images are filled that began first of those not waited for."""
         ...
 
     def end(self) -> None: ...
@@ -134,20 +144,17 @@ class _OpenShards:
         self._given: set[int] = set()
         self._window = (-1, -1)
 
-    def at(self, step: int) -> Any:
-        """The places of a step's samples. Their shards are open when this returns."""
-        epoch, index = divmod(step, self._order.steps_per_epoch)
-        config = self._order.config
-        window = (epoch, index * (config.batch_size // config.num_lanes) // config.shuffle_window)
+    def at(self, steps: range) -> Places:
+        """The places of a stretch's samples. Their shards are open when this returns."""
+        window = self._order.window_of(steps.start)
         if window != self._window:
             self._window = window
-            self._keep(self._order.near(step, self._lanes))
-        places = self._order.batch(step, self._lanes)
-        for shard in np.unique(places.files).tolist():
-            if shard not in self._given:
-                file, index = self._files[shard].result()
-                self._crew.open(shard, file, index, self._where(shard))
-                self._given.add(shard)
+            self._keep(self._order.near(steps.start, self._lanes))
+        places = self._order.stretch(steps, self._lanes)
+        for shard in sorted(set(places.files.tolist()) - self._given):
+            file, index = self._files[shard].result()
+            self._crew.open(shard, file, index, self._where(shard))
+            self._given.add(shard)
         return places
 
     def _opened(self, shard: int) -> tuple[MappedFile, TarIndex]:
@@ -218,14 +225,14 @@ class _Thread:
     def close(self, shard: int) -> None:
         self._todo.put(lambda: self._decoder.close(shard))
 
-    def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
+    def decode(self, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
         def decode() -> None:
             self._decoder.decode(epoch, shards.tolist(), rows.tolist(), self._pixels[first : first + len(rows)])
             self._done.put(None)
 
         self._todo.put(decode)
 
-    def wait(self, step: int) -> None:
+    def wait(self) -> None:
         failure = self._done.get()
         if failure is not None:
             raise failure
@@ -244,6 +251,7 @@ class _Process:
     def __init__(self, begin: dict[str, Any], batches: MappedFile) -> None:
         self._begin, self._batches = begin, batches
         self._log: list[tuple[dict[str, Any], int | None]] = []  # messages with an open file, our own
+        self._num_closed = 0  # shards of which the log has both the opening and the closing
         self._start()
 
     def _start(self) -> None:
@@ -269,13 +277,14 @@ class _Process:
 
     def tell(self, message: dict[str, Any], file: int | None = None) -> None:
         self._log.append((message, None if file is None else os.dup(file)))
+        self._num_closed += message["do"] == "close"
         self.channel.send(message, file)
 
     def answer(self) -> dict[str, Any]:
         message, _ = self.channel.receive()
-        kinds = [told["do"] for told, _ in self._log]
-        del self._log[kinds.index("decode")]
-        self._forget_closed()
+        del self._log[next(n for n, (told, _) in enumerate(self._log) if told["do"] == "decode")]
+        if self._num_closed:
+            self._forget_closed()
         return message
 
     def _forget_closed(self) -> None:
@@ -288,6 +297,7 @@ class _Process:
                 _, file = self._log.pop(number)
                 if file is not None:
                     os.close(file)
+            self._num_closed -= 1
 
     def end(self) -> None:
         self.channel.close()
@@ -299,12 +309,14 @@ class _Process:
 
 
 class _Processes:
-    """Some processes, each of which decodes a part of every batch."""
+    """Some processes, each of which decodes a part of every batch: as large as it was quick in the last ones, so that
+    none waits for another that shares its CPU with something else."""
 
     def __init__(self, count: int, begin: dict[str, Any], batches: MappedFile, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._deaths = 0
         self._processes = [_Process(begin, batches) for _ in range(count)]
+        self._rates = [1.0] * count  # images in a second, an average of the last steps
 
     def _mended(self, process: _Process, action: Callable[[], Any]) -> Any:
         """action(), again where the process is gone. What an action noted before it failed, a restart repeats."""
@@ -339,21 +351,25 @@ class _Processes:
         for process in self._processes:
             self._mended(process, lambda process=process: process.tell(message))
 
-    def decode(self, step: int, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
-        cuts = [len(rows) * number // len(self._processes) for number in range(len(self._processes) + 1)]
+    def decode(self, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
+        scale = len(rows) / sum(self._rates)
+        cuts = [round(scale * rate) for rate in accumulate(self._rates, initial=0.0)]
         for process, begin, end in zip(self._processes, cuts, cuts[1:], strict=False):
-            message = {"do": "decode", "step": step, "epoch": epoch, "first": first + begin,
+            message = {"do": "decode", "epoch": epoch, "first": first + begin,
                        "shards": shards[begin:end].tolist(), "rows": rows[begin:end].tolist()}  # fmt: skip
             self._mended(process, lambda process=process, message=message: process.tell(message))
 
-    def wait(self, step: int) -> None:
+    def wait(self) -> None:
+        rates = []
         for process in self._processes:
             answer = None
             while answer is None:
                 answer = self._mended(process, process.answer)
-            assert answer["step"] == step
             if answer["error"]:
                 raise InputError(answer["error"])
+            rates.append(answer["rate"])
+        if all(rates):
+            self._rates = [_SMOOTH * old + (1 - _SMOOTH) * new for old, new in zip(self._rates, rates, strict=True)]
 
     def end(self) -> None:
         for process in self._processes:

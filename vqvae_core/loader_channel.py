@@ -1,11 +1,14 @@
 """Messages between a loader and its processes: JSON over a socket, with open files beside it."""
 
 import json
+import os
 import socket
 import struct
+from collections import deque
 from typing import Any
 
 _HEAD = struct.Struct("<IB")  # bytes of JSON, number of files
+_CHUNK, _MAX_FILES = 1 << 16, 64  # that are received at once
 
 
 class ChannelClosedError(EOFError):
@@ -17,6 +20,8 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
+        self._bytes = bytearray()  # that have come and were not asked for
+        self._files: deque[int] = deque()
 
     def send(self, message: dict[str, Any], file: int | None = None) -> None:
         """Send JSON values and, where given, an open file. Raises `ChannelClosedError`."""
@@ -33,24 +38,25 @@ class Channel:
 
     def receive(self) -> tuple[dict[str, Any], int | None]:
         """The next message and its file, which is the caller's to close. Raises `ChannelClosedError`."""
-        try:
-            head, files, _, _ = socket.recv_fds(self._end, _HEAD.size, 1)
-            head += self._exactly(_HEAD.size - len(head)) if head else b""
-            if len(head) < _HEAD.size:
-                raise ChannelClosedError
-            num_bytes, has_file = _HEAD.unpack(head)
-            return json.loads(self._exactly(num_bytes)), files[0] if has_file else None
-        except ConnectionResetError as error:
-            raise ChannelClosedError from error
+        num_bytes, has_file = _HEAD.unpack(self._exactly(_HEAD.size))
+        message = json.loads(self._exactly(num_bytes))
+        return message, self._files.popleft() if has_file else None
 
     def _exactly(self, num_bytes: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < num_bytes:
-            part = self._end.recv(num_bytes - len(parts))
+        while len(self._bytes) < num_bytes:
+            try:
+                part, files, _, _ = socket.recv_fds(self._end, _CHUNK, _MAX_FILES)
+            except ConnectionResetError as error:
+                raise ChannelClosedError from error
             if not part:
                 raise ChannelClosedError
-            parts += part
-        return bytes(parts)
+            self._bytes += part
+            self._files += files  # a file comes no later than the first byte that it was sent with
+        found = bytes(self._bytes[:num_bytes])
+        del self._bytes[:num_bytes]
+        return found
 
     def close(self) -> None:
         self._end.close()
+        while self._files:
+            os.close(self._files.popleft())

@@ -8,12 +8,13 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
 import numpy as np
 
 from vqvae_core.augment import AugmentConfig
-from vqvae_core.decoder import Decoder
+from vqvae_core.decoder import Decoder, batch_memory
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import TarIndex
 from vqvae_core.loader_channel import Channel, ChannelClosedError
@@ -24,10 +25,13 @@ def serve(channel: Channel) -> None:
     start, file = channel.receive()
     size = start["size"]
     decoder = Decoder(AugmentConfig(**start["augment"]), size, start["seed"])
-    batches = np.frombuffer(_mapped(file, mmap.PROT_READ | mmap.PROT_WRITE), np.uint8).reshape(-1, size, size, 3)
+    mapped = _mapped(file, mmap.PROT_READ | mmap.PROT_WRITE)
+    batches = batch_memory(len(mapped) - 64, mapped).reshape(-1, size, size, 3)
     maps: dict[int, mmap.mmap] = {}
+    rate = 0.0  # images in a second, of the step before
     while True:
         message, file = channel.receive()
+        begin = time.perf_counter()
         kind, number = message["do"], message.get("shard", -1)
         if kind == "open":
             maps[number] = _mapped(file, mmap.PROT_READ)
@@ -36,7 +40,8 @@ def serve(channel: Channel) -> None:
             decoder.close(number)
             maps.pop(number).close()
         else:
-            channel.send(_decode(decoder, batches, message))
+            channel.send({**_decode(decoder, batches, message), "rate": rate})
+            rate = len(message["rows"]) / (time.perf_counter() - begin)
 
 
 def _decode(decoder: Decoder, batches: np.ndarray, message: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +50,7 @@ def _decode(decoder: Decoder, batches: np.ndarray, message: dict[str, Any]) -> d
         decoder.decode(message["epoch"], message["shards"], rows, batches[first : first + len(rows)])
     except InputError as error:
         broken = str(error)
-    return {"step": message["step"], "error": broken}
+    return {"error": broken}
 
 
 def _mapped(file: int | None, access: int) -> mmap.mmap:

@@ -6,7 +6,7 @@ the sequence are left out, others each epoch. The position is the step, one inte
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,24 +99,49 @@ class Order:
         self.lane_samples = self.steps_per_epoch * config.batch_size // config.num_lanes
         self._sequences: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], Places] = OrderedDict()
+        self._stacked: OrderedDict[tuple[int, range, int], np.ndarray] = OrderedDict()
 
     def batch(self, step: int, lanes: range) -> Places:
         """The samples that these lanes give to global batch `step`, lane by lane."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        share = self.config.batch_size // self.config.num_lanes
-        parts = [part for lane in lanes for part in self._stretch(epoch, lane, index * share, share)]
-        return Places(np.concatenate([part.files for part in parts]), np.concatenate([part.rows for part in parts]))
+        return self.stretch(range(step, step + 1), lanes)
 
-    def _stretch(self, epoch: int, lane: int, start: int, count: int) -> list[Places]:
-        """`count` samples of a lane from `start` on, cut where windows end."""
-        parts, stop, size = [], start + count, self.config.shuffle_window
-        while start < stop:
+    def stretch(self, steps: range, lanes: range) -> Places:
+        """The samples of steps of one epoch, batch by batch."""
+        epoch, first = divmod(steps.start, self.steps_per_epoch)
+        share, size = self.config.batch_size // self.config.num_lanes, self.config.shuffle_window
+        start, stop, parts = first * share, (first + len(steps)) * share, []
+        while start < stop:  # cut where windows end
             number = start // size
-            window, first = self.window(epoch, lane, number), start - number * size
-            last = min(stop - number * size, size)
-            parts.append(Places(window.files[first:last], window.rows[first:last]))
-            start = number * size + last
-        return parts
+            last = min(stop, (number + 1) * size)
+            parts.append(self._together(epoch, lanes, number)[:, :, start - number * size : last - number * size])
+            start = last
+        places = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        files, rows = places.reshape(2, len(lanes), len(steps), share).swapaxes(1, 2).reshape(2, -1)
+        return Places(files, rows)
+
+    def window_of(self, step: int) -> tuple[int, int]:
+        """The epoch and the number of the window in which a step begins."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return epoch, index * (self.config.batch_size // self.config.num_lanes) // self.config.shuffle_window
+
+    def stretches(self, start: int, stop: int, longest: int) -> Iterator[range]:
+        """Steps start to stop - 1 in stretches that begin in one window of one epoch, and are no longer than that."""
+        while start < stop:
+            end = start + 1
+            while end < min(stop, start + longest) and self.window_of(end) == self.window_of(start):
+                end += 1
+            yield range(start, end)
+            start = end
+
+    def _together(self, epoch: int, lanes: range, number: int) -> np.ndarray:
+        """A window of some lanes, (2, lanes, samples): files and rows."""
+        key = (epoch, lanes, number)
+        if key not in self._stacked:
+            windows = [self.window(epoch, lane, number) for lane in lanes]
+            self._stacked[key] = np.array([[one.files for one in windows], [one.rows for one in windows]])
+            while len(self._stacked) > 2:
+                self._stacked.popitem(last=False)
+        return self._stacked[key]
 
     def window(self, epoch: int, lane: int, number: int) -> Places:
         """A whole window of a lane, shuffled. Past the lane's last window: its first of the next epoch."""

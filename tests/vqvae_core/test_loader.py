@@ -155,11 +155,11 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(images: ImageShards) -
     loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=2, warn=said.append)
     known = {picture(number).tobytes(): number for number in range(sum(ROWS))}
     found = []
-    for step, batch in enumerate(loader.batches(0, 15)):
+    for step, batch in enumerate(loader.batches(0, 120)):
         found.append([known[pixels.numpy().tobytes()] for pixels in batch])
-        if step in (2, 9):
+        if step in (2, 40):
             os.kill(children()[0], signal.SIGKILL)
-    assert found == expected(loader, 0, 15)
+    assert found == expected(loader, 0, 120)
     assert [line.split(";")[0] for line in said] == [
         "a process that decodes training images ended by signal SIGKILL"
     ] * 2

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -72,6 +73,21 @@ def test_a_batch_may_reach_over_windows() -> None:
     seen = Counter(place for batch in batches(wide, stop=order.steps_per_epoch) for place in batch)
     assert len(seen) == 96
     assert set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("window", [2, 5, 64])
+@pytest.mark.parametrize("longest", [1, 3, 8])
+def test_stretches_are_the_batches_one_after_the_other_and_begin_in_one_window(window: int, longest: int) -> None:
+    order = Order(FILES, replace(CONFIG, shuffle_window=window))
+    lanes, stop = lanes_of(1, 2, order.config), 2 * order.steps_per_epoch + 3
+    stretches = [*order.stretches(1, stop, longest)]
+    assert [step for steps in stretches for step in steps] == [*range(1, stop)]
+    assert max(len(steps) for steps in stretches) <= longest
+    for steps in stretches:
+        assert len({order.window_of(step) for step in steps}) == 1
+        together, single = order.stretch(steps, lanes), [order.batch(step, lanes) for step in steps]
+        assert together.files.tolist() == [number for one in single for number in one.files.tolist()]
+        assert together.rows.tolist() == [row for one in single for row in one.rows.tolist()]
 
 
 @pytest.mark.parametrize("step", range(0, 18))
