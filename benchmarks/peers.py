@@ -167,8 +167,8 @@ class Memory:
             if self._stop.wait(0.5):
                 return
             if number < 20 or number % 10 == 0:  # to find them takes ten times as long as to measure them
-                family = _family("self")
-            found = [_own_and_shared_bytes(pid) for pid in family]
+                members = family("self")
+            found = [_own_and_shared_bytes(pid) for pid in members]
             now = sum(own for own, _ in found) + max(shared for _, shared in found)
             self.peak_bytes = max(self.peak_bytes, now)
 
@@ -184,13 +184,14 @@ def mapped_bytes(folder: str) -> int:
     return total
 
 
-def _family(pid: str) -> list[str]:
+def family(pid: str) -> list[str]:
+    """A process and all that it started, and these started, as far as their parents live."""
     found = [pid]
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
         for thread in threads:
             for child in (thread / "children").read_text().split():
-                found += _family(child)
+                found += family(child)
     except OSError:
         pass
     return found
@@ -199,7 +200,7 @@ def _family(pid: str) -> list[str]:
 def cpu_seconds() -> float:
     """CPU time that this process and those that it started, which still run, have used so far."""
     ticks = 0
-    for pid in _family("self"):
+    for pid in family("self"):
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:

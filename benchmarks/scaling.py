@@ -1,30 +1,34 @@
 """What training on two ranks costs: together under Ray Train, and as two processes that know nothing of each other.
 
-    python -m benchmarks.scaling            # 5 rounds
+    python -m benchmarks.scaling            # 2 x 160 seconds
     python -m benchmarks.scaling --quick
 
 The demo's model on 84x84 images that are read from shards, 64 images a rank and step (the paper's batch of 128), a core
-and a thread a rank (its loader runs on the same core), in the precision that the machine is best at. Rates are of the
-stretch after the first 20 steps. The two independent processes run side by side: whatever cores share, they share too,
-so their summed rate is the limit. Bar: at least 93 % of it.
+and a thread a rank (its loader runs on the same core), in the precision that the machine is best at. Both are started
+once and then take turns of eight seconds: while one trains, all processes of the other are stopped, Ray's own included,
+so that a slow minute of the machine hits both. Steps are counted after the first ten. The two independent processes run
+side by side: whatever cores share, they share too, so their summed rate is the limit. Bar: at least 93 % of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import Bar, interleaved, median_ratio, pin, report
+from benchmarks.peers import Bar, family, pin, report
 from benchmarks.tokenize import make_images
 from pipelines import ray_train
 from pipelines.config import Resources
@@ -34,45 +38,52 @@ from vqvae_core.checkpoint import TrainingState
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.loader import ImageLoader
 from vqvae_core.storage import Folder
-from vqvae_core.train import Worker, train
+from vqvae_core.train import StoppedError, Worker, train
 from vqvae_core.train_config import TrainConfig, best_precision
 from vqvae_core.vqvae import VQVAE
 from vqvae_core.vqvae_training import VQVAETraining
 
-RANKS, RANK_BATCH, WARM, STEPS, LOG = 2, 64, 20, 90, 10
+RANKS, RANK_BATCH, WARM = 2, 64, 10
+TURN_SECONDS, TURNS, ROUNDS = 8.0, 20, 4
+ENDLESS = 1_000_000  # steps
+
+
+class _Counted:
+    """Batches, and a file that says how many of them were asked for."""
+
+    def __init__(self, loader: ImageLoader, path: Path) -> None:
+        self._loader, self._path = loader, path
+
+    def batches(self, start: int, stop: int) -> Iterator[Any]:
+        with self._path.open("wb", buffering=0) as file:
+            for step, batch in enumerate(self._loader.batches(start, stop)):
+                os.pwrite(file.fileno(), step.to_bytes(8, "little"), 0)
+                yield batch
 
 
 def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
-    """A training on one core that returns images/s of this rank, without its first steps and its last validation."""
+    """A training on one core, until it is ended."""
     os.sched_setaffinity(0, {settings["cores"][worker.rank]})
     images = ImageShards.open(Folder(settings["images"]))
     config = TrainConfig(**settings["train"])
     loader = ImageLoader(images, config, AugmentConfig(), rank=worker.rank, world_size=worker.world_size)
     torch.manual_seed(0)
-    marks: dict[int, float] = {}
-
-    def mark(step: int, metrics: dict[str, float]) -> None:
-        marks[step] = time.perf_counter()
-        worker.log(step, metrics)
-
     task = VQVAETraining(
         VQVAE(DOOM84.vqvae), steps=config.steps, steps_per_epoch=loader.order.steps_per_epoch, seed=0,
         precision=config.precision, worker=worker, validation=torch.zeros(1, 84, 84, 3, dtype=torch.uint8),
     )  # fmt: skip
-    train(task, loader, config, dataclasses.replace(worker, log=mark), "run")
-    if worker.rank > 0:  # only the first rank logs
-        return {}
-    first, last = sorted(marks)[WARM // LOG - 1], sorted(marks)[-2]
-    return {"images_per_second": (last - first) * RANK_BATCH / (marks[last] - marks[first])}
+    counted = _Counted(loader, Path(settings["counts"][worker.rank]))
+    train(task, counted, config, worker, "run")  # type: ignore[arg-type]
+    return {}
 
 
-def settings_of(images: str, cores: list[int], steps: int) -> dict[str, Any]:
+def settings_of(images: str, cores: list[int], counts: list[str]) -> dict[str, Any]:
     ranks = len(cores)
     config = TrainConfig(
-        steps=steps, batch_size=RANK_BATCH * ranks, num_lanes=4 * ranks, precision=best_precision("cpu"),
-        log_every=LOG, validate_every=steps, learning_rate=1e-3,
+        steps=ENDLESS, batch_size=RANK_BATCH * ranks, num_lanes=4 * ranks, precision=best_precision("cpu"),
+        log_every=10, validate_every=ENDLESS, learning_rate=1e-3,
     )  # fmt: skip
-    return {"images": images, "train": dataclasses.asdict(config), "cores": cores, "steps": steps}
+    return {"images": images, "train": dataclasses.asdict(config), "cores": cores, "counts": counts, "steps": ENDLESS}
 
 
 def two_cores() -> list[int]:
@@ -87,44 +98,108 @@ class _Silent:
     def show(self, step: int, pictures: Any) -> None: ...
 
 
-def together(images: str, steps: int) -> float:
-    """Images/s of two ranks under Ray Train."""
+def _together(images: str, place: str, counts: list[str]) -> None:
+    """Two ranks under Ray Train, until SIGTERM."""
+    from benchmarks import scaling  # by this name Ray's workers find the loop too
     from cluster.session import Session
     from pipelines.stage import Pipeline
 
-    session = Session(RANKS)
-    with tempfile.TemporaryDirectory() as place:
-        root = Folder.of(place)
-        resources = Resources(num_workers=RANKS, cpus_per_worker=1, checkpoint_every=100_000)
-        pipeline = Pipeline(root, resources, session, tracker=None)  # type: ignore[arg-type]
-        try:
-            value = ray_train.fit(
-                pipeline, loop, settings_of(images, two_cores(), steps), name="scaling", work="w", folder=root,
+    session, root = Session(RANKS), Folder.of(place)
+    resources = Resources(num_workers=RANKS, cpus_per_worker=1, checkpoint_every=ENDLESS)
+    pipeline = Pipeline(root, resources, session, tracker=None)  # type: ignore[arg-type]
+    try:
+        with contextlib.suppress(StoppedError):
+            ray_train.fit(
+                pipeline, scaling.loop, settings_of(images, two_cores(), counts), name="scaling", work="w", folder=root,
                 run=_Silent(),  # type: ignore[arg-type]
             )  # fmt: skip
-        finally:
-            session.close()
-    return RANKS * value["images_per_second"]
+    finally:
+        session.close()
 
 
-def apart(images: str, steps: int) -> float:
-    """The summed images/s of two processes, which begin to train at the same time."""
-    context = multiprocessing.get_context("spawn")
-    barrier, queue = context.Barrier(RANKS), context.Queue()
-    processes = [context.Process(target=_alone, args=(images, core, steps, barrier, queue)) for core in two_cores()]
-    for process in processes:
-        process.start()
-    rates = [queue.get(timeout=600) for _ in processes]
-    for process in processes:
-        process.join()
-    return sum(rates)
-
-
-def _alone(images: str, core: int, steps: int, barrier: Any, queue: Any) -> None:
+def _apart(images: str, core: int, counts: list[str]) -> None:
     torch.set_num_threads(1)
     logging.disable()
-    barrier.wait()
-    queue.put(loop(settings_of(images, [core], steps), Worker(), None)["images_per_second"])
+    loop(settings_of(images, [core], counts), Worker(), None)
+
+
+class Rival:
+    """Processes that train, and can be halted and let go on."""
+
+    def __init__(self, jobs: list[tuple[Callable[..., None], tuple[Any, ...]]], counts: list[Path]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._processes = [context.Process(target=task, args=arguments) for task, arguments in jobs]
+        self._counts = counts
+        self._members: list[int] = []
+        for process in self._processes:
+            process.start()
+
+    def done(self) -> list[int]:
+        """Steps of each rank so far."""
+        return [int.from_bytes(path.read_bytes(), "little") if path.exists() else 0 for path in self._counts]
+
+    def wait(self, steps: int) -> None:
+        while min(self.done()) < steps:
+            if not all(process.is_alive() for process in self._processes):
+                raise RuntimeError("a rival ended before it was measured")
+            time.sleep(0.2)
+
+    def _signal(self, number: int) -> None:
+        for pid in self._members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def halt(self) -> None:
+        self._signal(signal.SIGSTOP)
+        for _ in range(2):  # those that were started since, and those that these have started meanwhile
+            self._members = [int(pid) for process in self._processes for pid in family(str(process.pid))]
+            self._signal(signal.SIGSTOP)
+
+    def turn(self, seconds: float) -> tuple[int, float]:
+        """Images in a turn, and how long it was. A step that is cut counts where it ends."""
+        before, begin = sum(self.done()), time.perf_counter()
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+        images, taken = (sum(self.done()) - before) * RANK_BATCH, time.perf_counter() - begin
+        self.halt()
+        return images, taken
+
+    def end(self) -> None:
+        self._signal(signal.SIGCONT)
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(60)
+            if process.is_alive():
+                self._signal(signal.SIGKILL)
+                process.join()
+
+
+def measure(images: str, place: Path, turns: int) -> dict[str, list[tuple[int, float]]]:
+    """(images, seconds) of each turn of both."""
+    counts = {name: [place / f"{name}-{rank}" for rank in range(RANKS)] for name in ("together", "apart")}
+    paths = {name: [str(path) for path in found] for name, found in counts.items()}
+    turned: dict[str, list[tuple[int, float]]] = {"together": [], "apart": []}
+    with contextlib.ExitStack() as stack:
+        jobs = [(_apart, (images, core, [path])) for core, path in zip(two_cores(), paths["apart"], strict=True)]
+        apart = Rival(jobs, counts["apart"])
+        stack.callback(apart.end)
+        apart.wait(WARM)
+        apart.halt()
+        together = Rival([(_together, (images, str(place / "root"), paths["together"]))], counts["together"])
+        stack.callback(together.end)
+        together.wait(WARM)
+        together.halt()
+        for number in range(turns):
+            for name, rival in (("together", together), ("apart", apart)):
+                turned[name].append(rival.turn(TURN_SECONDS))
+            print(f"turn {number + 1} of {turns}", flush=True)
+    return turned
+
+
+def rate(turned: list[tuple[int, float]]) -> float:
+    return sum(images for images, _ in turned) / sum(seconds for _, seconds in turned)
 
 
 def main() -> int:
@@ -132,23 +207,25 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     pin(RANKS)
-    steps, rounds = (50, 1) if options.quick else (STEPS, 5)
+    turns = ROUNDS if options.quick else TURNS
     with tempfile.TemporaryDirectory() as place:
         images = Folder.of(Path(place) / "images")
         make_images(images, 16 * 1024)
-        rates = interleaved(
-            {"together": lambda: together(images.uri, steps), "apart": lambda: apart(images.uri, steps)}, rounds
-        )
-    bars = [Bar("share_of_two_apart", median_ratio(rates["together"], rates["apart"]), 0.93)]
+        turned = measure(images.uri, Path(place), turns)
+    bars = [Bar("share_of_two_apart", rate(turned["together"]) / rate(turned["apart"]), 0.93)]
     settings = {
         "ranks": RANKS,
         "images_a_rank_and_step": RANK_BATCH,
-        "steps": steps,
+        "turns": turns,
+        "seconds_of_a_turn": TURN_SECONDS,
         "precision": best_precision("cpu"),
         "model": "doom84",
     }
-    rounded = {name: [round(rate, 1) for rate in values] for name, values in rates.items()}
-    return report("scaling", settings, bars, {"images_per_second": rounded})
+    parts = {
+        name: [round(rate(found[first : first + turns // ROUNDS]), 1) for first in range(0, turns, turns // ROUNDS)]
+        for name, found in turned.items()
+    }
+    return report("scaling", settings, bars, {"images_per_second": parts})
 
 
 if __name__ == "__main__":

@@ -100,6 +100,7 @@ def fit(
             ),
         ),
     )
+    _without_helpers(trainer, alone=pipeline.session.alone)
     value: dict[str, Any] = {}
     with contextlib.closing(board):
         with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):
@@ -117,6 +118,17 @@ def fit(
         done = " (it was finished)" if value["resumed_from"] == settings["steps"] else ""
         print(f"{name}: went on from step {value['resumed_from']}{done}", flush=True)
     return value
+
+
+def _without_helpers(trainer: Any, *, alone: bool) -> None:
+    """Leave out actors that have nothing to do here, since each takes a hundredth of a core: the one that hands
+    out Ray Data's data sets and, in a cluster that ends with us, the one that gives resources back after us."""
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    idle = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else DatasetsCallback
+    make = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [callback for callback in make() if not isinstance(callback, idle)]
 
 
 def _over(name: str, resources: Resources, error: Exception, *, started: bool) -> str:
