@@ -1,14 +1,16 @@
 """What the benchmarks measure against: the bare loop that no pipeline can beat, and what one would write by hand."""
 
+import contextlib
 import io
 import itertools
 import json
 import os
+import signal
 import statistics
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -67,6 +69,101 @@ def interleaved(rivals: dict[str, Callable[[], float]], rounds: int) -> dict[str
             rates[name].append(rival())
             print(f"round {number + 1} of {rounds}: {name} {rates[name][-1]:.1f} images/s", flush=True)
     return rates
+
+
+def counted(items: Iterable[Any], path: str, unit: int = 1) -> Iterator[Any]:
+    """The items, and a file that says how many of them, times `unit`, were done: the one before is, when the next is
+    asked for."""
+    with Path(path).open("wb", buffering=0) as file:
+        for number, item in enumerate(items):
+            os.pwrite(file.fileno(), (unit * number).to_bytes(8, "little"), 0)
+            yield item
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a rival got done in one turn, and the CPU time that it used."""
+
+    count: int
+    seconds: float
+    cpu_seconds: float
+
+
+class _Rival:
+    """Processes that work without end and count what they do, in files; they can be halted and let go on."""
+
+    def __init__(self, jobs: "Jobs", counts: list[str]) -> None:
+        context = get_context("spawn")
+        self._processes = [context.Process(target=task, args=arguments) for task, arguments in jobs]
+        self._counts = [Path(path) for path in counts]
+        self._members: list[int] = []
+        for process in self._processes:
+            process.start()
+
+    def _done(self) -> list[int]:
+        return [int.from_bytes(path.read_bytes(), "little") if path.exists() else 0 for path in self._counts]
+
+    def wait(self, count: int) -> None:
+        while min(self._done()) < count:
+            if not all(process.is_alive() for process in self._processes):
+                raise RuntimeError("a rival ended before it was measured")
+            time.sleep(0.2)
+
+    def _signal(self, number: int) -> None:
+        for pid in self._members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def halt(self) -> None:
+        self._signal(signal.SIGSTOP)
+        for _ in range(2):  # those that were started since, and those that these have started meanwhile
+            self._members = [int(pid) for process in self._processes for pid in family(str(process.pid))]
+            self._signal(signal.SIGSTOP)
+
+    def turn(self, seconds: float) -> Turn:
+        """What is cut at the end of a turn counts in the turn in which it is done."""
+        before, used, begin = sum(self._done()), cpu_seconds(self._members), time.perf_counter()
+        self._signal(signal.SIGCONT)
+        time.sleep(seconds)
+        self._signal(signal.SIGSTOP)
+        taken = time.perf_counter() - begin
+        self.halt()
+        return Turn(sum(self._done()) - before, taken, cpu_seconds(self._members) - used)
+
+    def end(self) -> None:
+        self._signal(signal.SIGCONT)
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(60)
+            if process.is_alive():
+                self._signal(signal.SIGKILL)
+                process.join()
+        for pid in self._members:  # what a process left behind that was ended without a word
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+
+Jobs = list[tuple[Callable[..., None], tuple[Any, ...]]]  # functions, each for a process, and their arguments
+
+
+def in_turns(rivals: dict[str, tuple[Jobs, list[str], int]], turns: int, seconds: float) -> dict[str, list[Turn]]:
+    """Rivals that take turns of some seconds: while one works, all processes of the others are stopped, so that a slow
+    minute of the machine hits all. Each has jobs without end, the files in which they count, and the count of each from
+    which on it is measured."""
+    found: dict[str, list[Turn]] = {name: [] for name in rivals}
+    with contextlib.ExitStack() as stack:
+        running = {}
+        for name, (jobs, counts, warm) in rivals.items():
+            running[name] = rival = _Rival(jobs, counts)
+            stack.callback(rival.end)
+            rival.wait(warm)
+            rival.halt()
+        for number in range(turns):
+            for name, rival in running.items():
+                found[name].append(rival.turn(seconds))
+            print(f"turn {number + 1} of {turns}", flush=True)
+    return found
 
 
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -197,15 +294,15 @@ def family(pid: str) -> list[str]:
     return found
 
 
-def cpu_seconds() -> float:
-    """CPU time that this process and those that it started, which still run, have used so far."""
+def cpu_seconds(pids: Sequence[int] | None = None) -> float:
+    """CPU time that processes and their ended children have used so far; None: this one and all that it started."""
     ticks = 0
-    for pid in family("self"):
+    for pid in family("self") if pids is None else pids:
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        ticks += int(fields[11]) + int(fields[12])
+        ticks += sum(map(int, fields[11:15]))
     return ticks / os.sysconf("SC_CLK_TCK")
 
 

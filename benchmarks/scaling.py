@@ -16,19 +16,16 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.peers import Bar, family, pin, report
+from benchmarks.peers import Bar, Turn, counted, in_turns, pin, report
 from benchmarks.tokenize import make_images
 from pipelines import ray_train
 from pipelines.config import Resources
@@ -49,16 +46,13 @@ ENDLESS = 1_000_000  # steps
 
 
 class _Counted:
-    """Batches, and a file that says how many of them were asked for."""
+    """Batches that are counted."""
 
-    def __init__(self, loader: ImageLoader, path: Path) -> None:
+    def __init__(self, loader: ImageLoader, path: str) -> None:
         self._loader, self._path = loader, path
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
-        with self._path.open("wb", buffering=0) as file:
-            for step, batch in enumerate(self._loader.batches(start, stop)):
-                os.pwrite(file.fileno(), step.to_bytes(8, "little"), 0)
-                yield batch
+        return counted(self._loader.batches(start, stop), self._path)
 
 
 def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
@@ -72,8 +66,8 @@ def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None)
         VQVAE(DOOM84.vqvae), steps=config.steps, steps_per_epoch=loader.order.steps_per_epoch, seed=0,
         precision=config.precision, worker=worker, validation=torch.zeros(1, 84, 84, 3, dtype=torch.uint8),
     )  # fmt: skip
-    counted = _Counted(loader, Path(settings["counts"][worker.rank]))
-    train(task, counted, config, worker, "run")  # type: ignore[arg-type]
+    batches = _Counted(loader, settings["counts"][worker.rank])
+    train(task, batches, config, worker, "run")
     return {}
 
 
@@ -123,83 +117,19 @@ def _apart(images: str, core: int, counts: list[str]) -> None:
     loop(settings_of(images, [core], counts), Worker(), None)
 
 
-class Rival:
-    """Processes that train, and can be halted and let go on."""
-
-    def __init__(self, jobs: list[tuple[Callable[..., None], tuple[Any, ...]]], counts: list[Path]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._processes = [context.Process(target=task, args=arguments) for task, arguments in jobs]
-        self._counts = counts
-        self._members: list[int] = []
-        for process in self._processes:
-            process.start()
-
-    def done(self) -> list[int]:
-        """Steps of each rank so far."""
-        return [int.from_bytes(path.read_bytes(), "little") if path.exists() else 0 for path in self._counts]
-
-    def wait(self, steps: int) -> None:
-        while min(self.done()) < steps:
-            if not all(process.is_alive() for process in self._processes):
-                raise RuntimeError("a rival ended before it was measured")
-            time.sleep(0.2)
-
-    def _signal(self, number: int) -> None:
-        for pid in self._members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def halt(self) -> None:
-        self._signal(signal.SIGSTOP)
-        for _ in range(2):  # those that were started since, and those that these have started meanwhile
-            self._members = [int(pid) for process in self._processes for pid in family(str(process.pid))]
-            self._signal(signal.SIGSTOP)
-
-    def turn(self, seconds: float) -> tuple[int, float]:
-        """Images in a turn, and how long it was. A step that is cut counts where it ends."""
-        before, begin = sum(self.done()), time.perf_counter()
-        self._signal(signal.SIGCONT)
-        time.sleep(seconds)
-        self._signal(signal.SIGSTOP)
-        images, taken = (sum(self.done()) - before) * RANK_BATCH, time.perf_counter() - begin
-        self.halt()
-        return images, taken
-
-    def end(self) -> None:
-        self._signal(signal.SIGCONT)
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join(60)
-            if process.is_alive():
-                self._signal(signal.SIGKILL)
-                process.join()
+def measure(images: str, place: Path, turns: int) -> dict[str, list[Turn]]:
+    """The turns of both, in batches of a rank."""
+    counts = {name: [str(place / f"{name}-{rank}") for rank in range(RANKS)] for name in ("together", "apart")}
+    alone = zip(two_cores(), counts["apart"], strict=True)
+    jobs: dict[str, list[tuple[Callable[..., None], tuple[Any, ...]]]] = {
+        "apart": [(_apart, (images, core, [path])) for core, path in alone],
+        "together": [(_together, (images, str(place / "root"), counts["together"]))],
+    }
+    return in_turns({name: (jobs[name], counts[name], WARM) for name in jobs}, turns, TURN_SECONDS)
 
 
-def measure(images: str, place: Path, turns: int) -> dict[str, list[tuple[int, float]]]:
-    """(images, seconds) of each turn of both."""
-    counts = {name: [place / f"{name}-{rank}" for rank in range(RANKS)] for name in ("together", "apart")}
-    paths = {name: [str(path) for path in found] for name, found in counts.items()}
-    turned: dict[str, list[tuple[int, float]]] = {"together": [], "apart": []}
-    with contextlib.ExitStack() as stack:
-        jobs = [(_apart, (images, core, [path])) for core, path in zip(two_cores(), paths["apart"], strict=True)]
-        apart = Rival(jobs, counts["apart"])
-        stack.callback(apart.end)
-        apart.wait(WARM)
-        apart.halt()
-        together = Rival([(_together, (images, str(place / "root"), paths["together"]))], counts["together"])
-        stack.callback(together.end)
-        together.wait(WARM)
-        together.halt()
-        for number in range(turns):
-            for name, rival in (("together", together), ("apart", apart)):
-                turned[name].append(rival.turn(TURN_SECONDS))
-            print(f"turn {number + 1} of {turns}", flush=True)
-    return turned
-
-
-def rate(turned: list[tuple[int, float]]) -> float:
-    return sum(images for images, _ in turned) / sum(seconds for _, seconds in turned)
+def rate(turns: list[Turn]) -> float:
+    return RANK_BATCH * sum(turn.count for turn in turns) / sum(turn.seconds for turn in turns)
 
 
 def main() -> int:

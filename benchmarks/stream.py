@@ -1,32 +1,33 @@
 """Reading training images: the loader against the bare decode loop, webdataset's WebLoader and Ray Data.
 
-    python -m benchmarks.stream            # 5 rounds
+    python -m benchmarks.stream            # 20 turns each
     python -m benchmarks.stream --quick
 
 84x84 PNG frames and 128x128 JPEGs (quality 95, 4:4:4), in shards of 1,024 on a local disk, all in memory of the
 operating system. All rivals decode with the loader's own decoder, into one image's memory a process, on 2 processes and
 2 CPUs and give batches of 64; the process that takes them does nothing else. The bare loop decodes the same images out
-of its memory and keeps none. Rates and CPU time are of the stretch after the first batches, without any start; those of
-the loader of its second epoch, since in the first each file is hashed once, which is a figure beside them. Bars: at
-least 90 % of the bare loop; CPU time an image beyond bare decoding at most half of WebLoader's; at least 1.5 times Ray
-Data; memory that is bounded by the windows: with shards and windows of 128, peak memory and mapped shards that do not
-grow with the images, and no more shards mapped than three a lane.
+of its memory and keeps none. All are started once and take turns of some seconds, in which the processes of the others
+are stopped, so that a slow minute of the machine hits all. The loader is measured from its second epoch on, since in
+the first each file is hashed once, which is a figure beside the others. Bars: at least 90 % of the bare loop; CPU time
+an image beyond bare decoding at most half of WebLoader's; at least 1.5 times Ray Data; memory that is bounded by the
+windows: with shards and windows of 128, peak memory and mapped shards that do not grow with the images, and no more
+shards mapped than three a lane.
 """
 
 import argparse
-import statistics
+import itertools
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.peers import Bar, Memory, cpu_seconds, interleaved, mapped_bytes, median_ratio, pin, report
+from benchmarks.peers import Bar, Memory, counted, in_turns, mapped_bytes, pin, report
 from benchmarks.shard import photographs
 from vqvae_core.artifacts import FileEntry, commit
 from vqvae_core.augment import AugmentConfig
@@ -39,10 +40,10 @@ from vqvae_core.order import OrderConfig
 from vqvae_core.storage import Folder
 
 PROCESSES, BATCH, PER_SHARD, WARM = 2, 64, 1024, 32  # batches before the clock runs
+TURNS, QUICK_TURNS, TURN_SECONDS, ENDLESS = 20, 4, 2.0, 1_000_000
 SMALL = 128  # samples of a shard and of a window where memory is measured
 LANES = 8
 KINDS = {"png84": (84, "png"), "jpg128": (128, "jpg")}
-Rate = tuple[float, float]  # images/s, CPU seconds an image
 
 
 def pictures(kind: str, folder: Path | None) -> list[bytes]:
@@ -85,52 +86,34 @@ def make_images(
     ))  # fmt: skip
 
 
-def measured(batches: Iterator[Any], start: int, stop: int) -> Rate:
-    """Rate and CPU time between batch `start` and batch `stop`."""
-    begin = used = 0.0
-    for number, _ in enumerate(batches, 1):
-        if number == start:
-            begin, used = time.perf_counter(), cpu_seconds()
-        if number == stop:
-            seconds, cpu = time.perf_counter() - begin, cpu_seconds() - used
-            images = (stop - start) * BATCH
-            return images / seconds, cpu / images
-    raise RuntimeError(f"fewer than {stop} batches came")
-
-
-def bare_rate(images: ImageShards) -> Rate:
-    """Decoding alone, on as many processes: each has its part of the same images in memory and drops their pixels."""
-    folder, paths = images.artifact.folder, images.shards("train")
-    context = get_context("spawn")
-    barrier, queue = context.Barrier(PROCESSES), context.Queue()
-    processes = [
-        context.Process(target=_decode_all, args=(folder, paths[number::PROCESSES], barrier, queue))
-        for number in range(PROCESSES)
-    ]
-    for process in processes:
-        process.start()
-    found = [queue.get(timeout=600) for _ in processes]
-    for process in processes:
-        process.join()
-    rate = sum(count / seconds for count, seconds, _ in found)
-    return rate, sum(used for _, _, used in found) / sum(count for count, _, _ in found)
-
-
-def _decode_all(folder: Folder, paths: list[str], barrier: Any, queue: Any) -> None:
-    encoded: list[bytes] = []
-    for path in paths:
-        data = folder.read(path)
-        index = index_tar(data, path)
+def decode_bare(images_uri: str, number: int, path: str) -> None:
+    """Decoding alone: one of the processes, with its part of the images in memory, whose pixels it drops."""
+    images, encoded = ImageShards.open(Folder(images_uri)), []
+    for shard in images.shards("train")[number::PROCESSES]:
+        data = images.artifact.folder.read(shard)
+        index = index_tar(data, shard)
         places = zip(index.offsets, index.num_bytes, strict=True)
         encoded += [data[start : start + num_bytes] for start, num_bytes in places]
     decoder = PlainDecoder()
-    for data in encoded[:100]:
-        decoder(data)
-    barrier.wait()
-    begin, used = time.perf_counter(), time.process_time()
-    for data in encoded:
-        decoder(data)
-    queue.put((len(encoded), time.perf_counter() - begin, time.process_time() - used))
+    for number in counted(itertools.count(), path, BATCH):
+        for place in range(BATCH):
+            decoder(encoded[(number * BATCH + place) % len(encoded)])
+
+
+def take_all(rival: Callable[[ImageShards, int], Iterator[Any]], images_uri: str, path: str) -> None:
+    """Take a rival's batches and do nothing else."""
+    for _ in counted(rival(ImageShards.open(Folder(images_uri)), ENDLESS), path, BATCH):
+        pass
+
+
+def first_epoch_rate(images: ImageShards, count: int) -> float:
+    """Images/s of the loader's first epoch, after its first batches."""
+    batches = loader_batches(images, count)
+    for _ in range(WARM):
+        next(batches)
+    begin = time.perf_counter()
+    taken = sum(1 for _ in batches)
+    return taken * BATCH / (time.perf_counter() - begin)
 
 
 def loader_batches(images: ImageShards, count: int, window: int = 1024) -> Iterator[Any]:
@@ -157,7 +140,7 @@ def web_batches(images: ImageShards, count: int) -> Iterator[Any]:
         .to_tuple(image_format)
         .batched(BATCH, collation_fn=lambda samples: torch.from_numpy(_stacked(decoder, [one for (one,) in samples])))
     )
-    loader = WebLoader(dataset, batch_size=None, num_workers=PROCESSES)
+    loader = WebLoader(dataset, batch_size=None, num_workers=PROCESSES, multiprocessing_context="fork")
     number = 0
     while number < count:  # a worker drops what does not fill its last batch
         for batch in loader:
@@ -192,47 +175,42 @@ def ray_batches(images: ImageShards, count: int) -> Iterator[Any]:
             number += 1
 
 
-def ray_rate(images: ImageShards, count: int) -> Rate:
-    """With Ray running only as long as this is measured."""
+def with_ray(images_uri: str, path: str) -> None:
     import logging
 
     import ray
     import ray.data
 
+    from benchmarks import stream  # by this name Ray's workers find the functions too
+
     ray.init(num_cpus=PROCESSES, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that it leaves nothing behind
     try:
-        return measured(ray_batches(images, count), WARM, count)
+        take_all(stream.ray_batches, images_uri, path)
     finally:
         ray.shutdown()
 
 
 def compare(kind: str, folder: Path | None, quick: bool) -> tuple[list[Bar], dict[str, Any]]:
     num_images = 8 * PER_SHARD if quick else 32 * PER_SHARD
-    count, rounds = num_images // BATCH, 1 if quick else 5
     encoded = pictures(kind, folder)
     with tempfile.TemporaryDirectory() as place:
         images = make_images(Folder.of(place) / "images", kind, encoded, num_images)
-        cpu: dict[str, list[float]] = {"bare": [], "loader": [], "first_epoch": [], "web_loader": [], "ray_data": []}
-
-        def rival(name: str, run: Callable[[], Rate]) -> Callable[[], float]:
-            def measure() -> float:
-                rate, seconds = run()
-                cpu[name].append(seconds)
-                return rate
-
-            return measure
-
-        rates = interleaved(
+        uri, counts = images.artifact.folder.uri, Path(place)
+        bare = [str(counts / f"bare-{number}") for number in range(PROCESSES)]
+        loader, web, ray = (str(counts / name) for name in ("loader", "web_loader", "ray_data"))
+        first_epoch = first_epoch_rate(images, num_images // BATCH)
+        turns = in_turns(
             {
-                "bare": rival("bare", lambda: bare_rate(images)),
-                "loader": rival("loader", lambda: measured(loader_batches(images, 2 * count), count, 2 * count)),
-                "first_epoch": rival("first_epoch", lambda: measured(loader_batches(images, count), WARM, count)),
-                "web_loader": rival("web_loader", lambda: measured(web_batches(images, count), WARM, count)),
-                "ray_data": rival("ray_data", lambda: ray_rate(images, count)),
+                "bare": ([(decode_bare, (uri, number, path)) for number, path in enumerate(bare)], bare, WARM * BATCH),
+                "loader": ([(take_all, (loader_batches, uri, loader))], [loader], num_images),
+                "web_loader": ([(take_all, (web_batches, uri, web))], [web], WARM * BATCH),
+                "ray_data": ([(with_ray, (uri, ray))], [ray], WARM * BATCH),
             },
-            rounds,
+            QUICK_TURNS if quick else TURNS,
+            TURN_SECONDS,
         )
         small = Folder.of(place) / "small"
         peaks, mapped, bound = {}, {}, 0
@@ -245,21 +223,28 @@ def compare(kind: str, folder: Path | None, quick: bool) -> tuple[list[Bar], dic
                     time.sleep(0.02)  # a step: what is read ahead piles up
                     mapped[name] = max(mapped[name], mapped_bytes(few.artifact.folder.uri))
             peaks[name] = memory.peak_bytes
-    beyond = [
-        max(ours - bare, 0.0) / (theirs - bare)
-        for ours, bare, theirs in zip(cpu["loader"], cpu["bare"], cpu["web_loader"], strict=True)
-    ]
+    rates, cpu = {}, {}
+    for name, found in turns.items():
+        images_done = sum(turn.count for turn in found)
+        rates[name] = images_done / sum(turn.seconds for turn in found)
+        cpu[name] = sum(turn.cpu_seconds for turn in found) / images_done
+    beyond = max(cpu["loader"] - cpu["bare"], 0.0) / (cpu["web_loader"] - cpu["bare"])
     bars = [
-        Bar(f"{kind}_share_of_bare_loop", median_ratio(rates["loader"], rates["bare"]), 0.9),
-        Bar(f"{kind}_cpu_beyond_decoding_of_web_loader", statistics.median(beyond), 0.5, at_most=True),
-        Bar(f"{kind}_times_ray_data", median_ratio(rates["loader"], rates["ray_data"]), 1.5),
+        Bar(f"{kind}_share_of_bare_loop", rates["loader"] / rates["bare"], 0.9),
+        Bar(f"{kind}_cpu_beyond_decoding_of_web_loader", beyond, 0.5, at_most=True),
+        Bar(f"{kind}_times_ray_data", rates["loader"] / rates["ray_data"], 1.5),
         Bar(f"{kind}_peak_memory_times_that_of_a_quarter", peaks["whole"] / peaks["quarter"], 1.15, at_most=True),
         Bar(f"{kind}_mapped_times_that_of_a_quarter", mapped["whole"] / mapped["quarter"], 1.15, at_most=True),
         Bar(f"{kind}_mapped_of_three_shards_a_lane", mapped["whole"] / bound, 1.0, at_most=True),
     ]
     figures = {
-        "images_per_second": {name: [round(rate, 1) for rate in values] for name, values in rates.items()},
-        "cpu_microseconds_an_image": {name: [round(1e6 * one, 1) for one in values] for name, values in cpu.items()},
+        "images_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "images_per_second_of_the_first_epoch": round(first_epoch, 1),
+        "cpu_microseconds_an_image": {name: round(1e6 * one, 1) for name, one in cpu.items()},
+        "share_of_bare_loop_by_turn": [
+            round(ours.count / ours.seconds * bare.seconds / bare.count, 3)
+            for ours, bare in zip(turns["loader"], turns["bare"], strict=True)
+        ],
         "peak_memory_mib": {name: peak >> 20 for name, peak in peaks.items()},
         "peak_mapped_mib": {name: round(peak / 2**20, 1) for name, peak in mapped.items()},
     }

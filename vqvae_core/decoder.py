@@ -9,7 +9,7 @@ import numpy as np
 
 from vqvae_core.artifacts import ArtifactError
 from vqvae_core.augment import AugmentConfig
-from vqvae_core.decoding import ImageError, decode, decode_plain
+from vqvae_core.decoding import ImageError, decode, decode_plain, jpeg_into
 from vqvae_core.image_shards import TarIndex
 
 Buffer = bytes | mmap.mmap | memoryview
@@ -52,30 +52,26 @@ class Decoder:
         """Fill out (N, size, size, 3), uint8, contiguous, with images by shard and row. Raises `ArtifactError` naming
         the image."""
         memory = out.reshape(len(out), 3 * self.size**2)
-        as_stored = self.augment.keeps_all
-        for number, shard in enumerate(shards):
+        as_stored, shape = self.augment.keeps_all, (self.size, self.size, 3)
+        for number, (shard, row, place) in enumerate(zip(shards, rows, memory, strict=True)):
             view, offsets, sizes, keys, where = self._open[shard]
-            row = rows[number]
             if row >= len(keys):
                 raise ArtifactError(f"expected more than {row} images in {where}, found {len(keys)}")
-            # A copy costs less than to decode out of mapped pages.
-            data = bytes(view[offsets[row] : offsets[row] + sizes[row]])
+            start = offsets[row]
+            data = view[start : start + sizes[row]]
+            if as_stored and jpeg_into(data, place) == shape:
+                continue
             try:
-                # A decoder that can writes into the batch itself.
-                pixels = decode_plain(data, memory[number]) if as_stored else None
-                if pixels is None:
-                    pixels = self._pixels(data)
+                pixels = self._pixels(bytes(data))
             except ImageError as error:
                 raise ArtifactError(f"expected an image for {keys[row]} in {where}, but it {error}") from error
-            if not as_stored:
-                pixels = self.augment.apply(pixels, key=keys[row], seed=self.seed, epoch=epoch)
-            place = out[number]
-            if pixels.shape != place.shape:
+            pixels = self.augment.apply(pixels, key=keys[row], seed=self.seed, epoch=epoch)
+            if pixels.shape != shape:
                 raise ArtifactError(
                     f"expected {self.size} x {self.size} pixels for {keys[row]} in {where}, "
                     f"found {pixels.shape[1]} x {pixels.shape[0]}"
                 )
-            place[...] = pixels  # nothing to do where they lie there already
+            out[number] = pixels
 
 
 def batch_memory(num_bytes: int, memory: Any = None) -> np.ndarray:

@@ -20,6 +20,7 @@ except ImportError:  # where only the core is installed
 ImageFormat = Literal["png", "webp", "jpg"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = ("png", "webp", "jpg")
 FILE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+_JPEG = 0xFF  # the first byte
 _APP1, _APP2, _START_OF_PIXELS = 0xE1, 0xE2, 0xDA
 _TURNS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # the tag in EXIF of both byte orders, and in XMP
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of JPEG, with the picture's size
@@ -146,6 +147,17 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 def decode(data: bytes) -> np.ndarray:
     """Pixels (H, W, 3) of an encoded image: see `load`."""
     return load(data).pixels
+
+
+def jpeg_into(data: memoryview, place: np.ndarray) -> tuple[int, ...] | None:
+    """Decode a JPEG into place, uint8 (N,), without a copy of either. The shape of its pixels, None where it is no such
+    image or larger: then `decode` has the last word."""
+    if simplejpeg is None or not data or data[0] != _JPEG:
+        return None
+    try:
+        return simplejpeg.decode_jpeg(data, buffer=place).shape
+    except ValueError:
+        return None
 
 
 def decode_plain(data: bytes, scratch: np.ndarray) -> np.ndarray | None:
