@@ -25,7 +25,8 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> "FaultyProxy":
 
 
 class FaultyProxy:
-    """Forwards to host:port. Of every `period` requests one gets a 503, one a reset, and one (a GET) half its body.
+    """Forwards to host:port. Of every `period` requests one gets a 503 and one a reset; of every `period` GETs that
+    come through, one gets half its body.
 
     slow: requests to write a path that contains this wait for `pause` seconds, so that there is time to kill who
     writes. counts: how often each fault was dealt out.
@@ -33,7 +34,7 @@ class FaultyProxy:
 
     def __init__(self, host: str, port: int, period: int = 9, slow: str = "", pause: float = 0.0) -> None:
         self.counts = {"503": 0, "reset": 0, "cut": 0}
-        numbers, lock = itertools.count(1), threading.Lock()
+        numbers, gets, lock = itertools.count(1), itertools.count(1), threading.Lock()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +47,7 @@ class FaultyProxy:
                 body = self.body()
                 with lock:
                     turn = next(numbers) % period
+                    is_cut = self.command == "GET" and turn not in (2, 5) and next(gets) % period == 4
                 if slow and self.command == "PUT" and slow in self.path:
                     time.sleep(pause)
                 if turn == 2:
@@ -63,7 +65,7 @@ class FaultyProxy:
                 self.send_header("Content-Length", length or "0")
                 self.end_headers()
                 back.close()
-                if turn == 7 and self.command == "GET" and len(data) > 1:
+                if is_cut and len(data) > 1:
                     proxy.counts["cut"] += 1
                     self.wfile.write(data[: len(data) // 2])
                     self.wfile.flush()
