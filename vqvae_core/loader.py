@@ -36,7 +36,8 @@ from vqvae_core.order import Order, OrderConfig, Places, lanes_of
 _STRETCH = 128  # samples, at least, that are asked for at once: a message costs as much as some of them
 _AHEAD = 4  # batches, at least, in the making while one is used
 _FETCHES = 8  # shards that are opened at once
-_SMOOTH = 0.9  # of the rates of processes, from one batch to the next
+_SMOOTH = 0.9  # of the rates of processes, from one message to the next
+_MOST = 4  # times as quick as another that a process is taken for
 _MAX_DEATHS = 3  # of a loader's processes
 
 
@@ -316,7 +317,7 @@ class _Processes:
         self._warn = warn
         self._deaths = 0
         self._processes = [_Process(begin, batches) for _ in range(count)]
-        self._rates = [1.0] * count  # images in a second, an average of the last steps
+        self._rates = [1.0] * count  # images in a second, an average of the last messages
 
     def _mended(self, process: _Process, action: Callable[[], Any]) -> Any:
         """action(), again where the process is gone. What an action noted before it failed, a restart repeats."""
@@ -368,8 +369,10 @@ class _Processes:
             if answer["error"]:
                 raise InputError(answer["error"])
             rates.append(answer["rate"])
-        if all(rates):
-            self._rates = [_SMOOTH * old + (1 - _SMOOTH) * new for old, new in zip(self._rates, rates, strict=True)]
+        least = max(rates) / _MOST  # so that one that stood still, or had nothing to do, is asked again
+        if least:
+            pairs = zip(self._rates, rates, strict=True)
+            self._rates = [_SMOOTH * old + (1 - _SMOOTH) * max(new, least) for old, new in pairs]
 
     def end(self) -> None:
         for process in self._processes:

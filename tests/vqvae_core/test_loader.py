@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from vqvae_core.artifacts import Artifact, ArtifactError
 from vqvae_core.augment import AugmentConfig
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards, index_tar
-from vqvae_core.loader import ImageLoader, LoaderError
+from vqvae_core.loader import ImageLoader, LoaderError, _Process, _Processes
 from vqvae_core.order import OrderConfig
 from vqvae_core.storage import Folder
 
@@ -148,6 +149,32 @@ def children() -> list[int]:
     own = Path(f"/proc/{os.getpid()}/task")
     found = [int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()]
     return [pid for pid in found if b"loader_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_process_that_stood_still_is_asked_again() -> None:
+    """However slow it was, it keeps a part of what the quickest gets, and its share comes back."""
+    crew = object.__new__(_Processes)
+    asked: list[int] = []
+
+    class Process(_Process):
+        def __init__(self, rates: list[float]) -> None:
+            self._rates = rates
+
+        def tell(self, message: dict[str, Any], file: int | None = None) -> None:
+            asked.append(len(message["rows"]))
+
+        def answer(self) -> dict[str, Any]:
+            return {"error": "", "rate": self._rates.pop(0)}
+
+    still = [0.0] + [0.001] * 60 + [100.0] * 60
+    crew._processes, crew._rates = [Process([0.0] + [100.0] * 120), Process(still)], [1.0, 1.0]  # type: ignore[list-item]
+    rows = np.arange(64)
+    for _ in range(121):
+        crew.decode(0, rows, rows, 0)
+        crew.wait()
+    shares = asked[1::2]
+    assert [one + other for one, other in zip(asked[::2], shares, strict=True)] == [64] * 121
+    assert shares[1] == 32 and 10 <= min(shares) <= 16 and shares[-1] >= 31
 
 
 def test_a_killed_process_is_replaced_and_nothing_is_lost(images: ImageShards) -> None:
