@@ -21,6 +21,7 @@ from pipelines.stage import Pipeline
 from pipelines.tracking import StageRun
 from vqvae_core.checkpoint import CheckpointError, StateFolder, TornStateError, TrainingState
 from vqvae_core.errors import InputError
+from vqvae_core.kept_memory import ONE_ARENA
 from vqvae_core.storage import Folder
 from vqvae_core.train import NonFiniteLossError, StoppedError, Worker
 
@@ -56,12 +57,13 @@ def fit(
     os.environ.setdefault(
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _ELASTIC_START_SECONDS if elastic else _START_SECONDS
     )
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     if pipeline.session.alone:  # no node is taken away, and nobody collects Ray's own metrics
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
+
+    from pipelines.lean_train import leave_out_helpers
 
     place = folder / f"training-{work}"
     others = [other for other in folder.folders() if other.startswith("training-") and other != place.name]
@@ -95,12 +97,13 @@ def fit(
         run_config=RunConfig(
             name="ray",
             storage_path=place.uri,
+            worker_runtime_env={"env_vars": ONE_ARENA},
             failure_config=FailureConfig(
                 max_failures=resources.max_failures, controller_failure_limit=_CONTROLLER_FAILURES
             ),
         ),
     )
-    _without_helpers(trainer, alone=pipeline.session.alone)
+    leave_out_helpers(trainer, alone=pipeline.session.alone, elastic=elastic)
     value: dict[str, Any] = {}
     with contextlib.closing(board):
         with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):
@@ -118,17 +121,6 @@ def fit(
         done = " (it was finished)" if value["resumed_from"] == settings["steps"] else ""
         print(f"{name}: went on from step {value['resumed_from']}{done}", flush=True)
     return value
-
-
-def _without_helpers(trainer: Any, *, alone: bool) -> None:
-    """Leave out actors that have nothing to do here, since each takes a hundredth of a core: the one that hands
-    out Ray Data's data sets and, in a cluster that ends with us, the one that gives resources back after us."""
-    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-
-    idle = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else DatasetsCallback
-    make = trainer._create_default_callbacks
-    trainer._create_default_callbacks = lambda: [callback for callback in make() if not isinstance(callback, idle)]
 
 
 def _over(name: str, resources: Resources, error: Exception, *, started: bool) -> str:

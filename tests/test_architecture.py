@@ -27,7 +27,13 @@ CONFINED = {
     "matplotlib": {"pipelines/report.py"},
     "simplejpeg": {"vqvae_core/decoding.py"},
     "tqdm": {"pipelines/progress.py"},
-    "ray": {"pipelines/stage.py", "pipelines/ray_train.py", "pipelines/board.py", "cluster/session.py"},
+    "ray": {
+        "pipelines/stage.py",
+        "pipelines/ray_train.py",
+        "pipelines/lean_train.py",
+        "pipelines/board.py",
+        "cluster/session.py",
+    },
 }
 NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vqvae_core.checkpoint import History, TrainingState, collect_tensors, restore_tensors
 from vqvae_core.gradients import FlatGradients
+from vqvae_core.kept_memory import kept_memory
 from vqvae_core.order import mix
 from vqvae_core.quantizer import at_least_fp32
 from vqvae_core.train_config import TrainConfig, learning_rate
@@ -171,7 +172,7 @@ def train(
     other. States are saved every `checkpoint_every` steps, where a validation is the best so far, and at the end.
     Raises `NonFiniteLossError` where a loss or gradient is not finite, `StoppedError` where it was asked to stop.
     """
-    with _deterministic(config.deterministic, worker.device):
+    with kept_memory(worker.device), _deterministic(config.deterministic, worker.device):
         return _Loop(task, config, worker, identity).run(batches, resume)
 
 

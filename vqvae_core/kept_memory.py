@@ -1,0 +1,40 @@
+"""Memory that a step of training frees, kept by the process for the next step.
+
+glibc gives large blocks back to the system when they are freed, and the system hands them out again page by page, each
+zeroed: for the activations of a step on the CPU that took 5 % of a training's time. What it costs is memory between
+blocks: a tenth to a sixth more than before, of the demo's model.
+"""
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# Parameters of mallopt, out of glibc's malloc.h, and its defaults.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+_KEPT = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # no end of the heap is given back, no block is mapped by itself
+
+# For the environment in which a process starts: only the first arena of glibc grows without limit, and a thread that is
+# not the main one would get another.
+ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
+
+
+@contextlib.contextmanager
+def kept_memory(device: str) -> Iterator[None]:
+    """Keep what is freed inside, where the device is the CPU and the system has glibc's malloc; elsewhere nothing is
+    done. What is freed is given back at the end."""
+    libc: Any = ctypes.CDLL(None)
+    if torch.device(device).type != "cpu" or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+        yield
+        return
+    for name, value in _KEPT.items():
+        libc.mallopt(name, value)
+    try:
+        yield
+    finally:
+        for name, value in _DEFAULTS.items():
+            libc.mallopt(name, value)
+        libc.malloc_trim(0)
