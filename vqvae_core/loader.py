@@ -7,6 +7,7 @@ read in two of them, and some batches.
 
 import contextlib
 import dataclasses
+import json
 import os
 import queue
 import resource
@@ -38,6 +39,7 @@ _AHEAD = 4  # batches, at least, in the making while one is used
 _FETCHES = 8  # shards that are opened at once
 _SMOOTH = 0.9  # of the rates of processes, from one message to the next
 _MOST = 4  # times as quick as another that a process is taken for
+_MOST_OF_INDEXES = 64 << 20  # bytes: of a million images and more
 _MAX_DEATHS = 3  # of a loader's processes
 
 
@@ -70,7 +72,7 @@ class ImageLoader:
         self._images, self._config, self._augment = images, config, augment
         self._num_workers, self._warn = num_workers, warn
         self._rank_batch = config.batch_size // world_size
-        self._known: dict[str, tuple[int, ...]] = {}  # files that were whole
+        self._known = _Known()
 
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         """Pixels, uint8 (B / world_size, S, S, 3), of steps start to stop - 1.
@@ -115,9 +117,10 @@ class ImageLoader:
 
 @runtime_checkable
 class _Crew(Protocol):
-    """Who decodes. Shards are known by their number in the order's files; batches lie one behind the other."""
+    """Who decodes. Shards are known by their number in the order's files, and have their index as JSON; batches lie one
+    behind the other."""
 
-    def open(self, shard: int, file: MappedFile, index: TarIndex, where: str) -> None: ...
+    def open(self, shard: int, file: MappedFile, index: str, where: str) -> None: ...
 
     def close(self, shard: int) -> None: ...
 
@@ -132,15 +135,33 @@ class _Crew(Protocol):
     def end(self) -> None: ...
 
 
+class _Known:
+    """What was found of files when they were open before: that they were whole, and where their images lie, which the
+    file's hash in the manifest settles for good. A walk over a shard's headers costs 3 us an image."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[int, ...]] = {}
+        self._indexes: dict[str, str] = {}
+        self._num_bytes = 0
+
+    def index(self, path: str, file: MappedFile, where: str) -> str:
+        """The shard's `TarIndex` as JSON. Raises `ArtifactError`."""
+        found = self._indexes.get(path)
+        if found is None:
+            found = json.dumps(vars(index_tar(file.data, where)))
+            if self._num_bytes + len(found) <= _MOST_OF_INDEXES:
+                self._num_bytes += len(found)
+                self._indexes[path] = found
+        return found
+
+
 class _OpenShards:
     """The shards that lanes read in this window and the next: opened and checked by threads, early."""
 
-    def __init__(
-        self, images: ImageShards, order: Order, lanes: range, crew: _Crew, known: dict[str, tuple[int, ...]]
-    ) -> None:
+    def __init__(self, images: ImageShards, order: Order, lanes: range, crew: _Crew, known: _Known) -> None:
         self._images, self._order, self._lanes, self._crew, self._known = images, order, lanes, crew, known
         self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="shards")
-        self._files: dict[int, Future[tuple[MappedFile, TarIndex]]] = {}
+        self._files: dict[int, Future[tuple[MappedFile, str]]] = {}
         _allow_open_files()
         self._given: set[int] = set()
         self._window = (-1, -1)
@@ -158,10 +179,11 @@ class _OpenShards:
             self._given.add(shard)
         return places
 
-    def _opened(self, shard: int) -> tuple[MappedFile, TarIndex]:
-        file = MappedFile.open(self._images.artifact, self._order.files[shard][0], self._known)
+    def _opened(self, shard: int) -> tuple[MappedFile, str]:
+        path = self._order.files[shard][0]
+        file = MappedFile.open(self._images.artifact, path, self._known.files)
         try:
-            return file, index_tar(file.data, self._where(shard))
+            return file, self._known.index(path, file, self._where(shard))
         except InputError:
             file.close()
             raise
@@ -219,9 +241,9 @@ class _Thread:
                 failure = error
                 self._done.put(error)
 
-    def open(self, shard: int, file: MappedFile, index: TarIndex, where: str) -> None:
+    def open(self, shard: int, file: MappedFile, index: str, where: str) -> None:
         view = memoryview(file.data)  # from here on the file stays mapped, until the decoder has closed it
-        self._todo.put(lambda: self._decoder.open(shard, view, index, where))
+        self._todo.put(lambda: self._decoder.open(shard, view, TarIndex(**json.loads(index)), where))
 
     def close(self, shard: int) -> None:
         self._todo.put(lambda: self._decoder.close(shard))
@@ -342,8 +364,8 @@ class _Processes:
                 process.restart()
                 return None
 
-    def open(self, shard: int, file: MappedFile, index: TarIndex, where: str) -> None:
-        message = {"do": "open", "shard": shard, "where": where, "index": vars(index)}
+    def open(self, shard: int, file: MappedFile, index: str, where: str) -> None:
+        message = {"do": "open", "shard": shard, "where": where, "index": index}
         for process in self._processes:
             self._mended(process, lambda process=process: process.tell(message, file.file))
 

@@ -3,6 +3,7 @@
 python -m vqvae_core.loader_worker SOCKET_NUMBER     # started by vqvae_core.loader only
 """
 
+import json
 import mmap
 import os
 import signal
@@ -35,7 +36,7 @@ def serve(channel: Channel) -> None:
         kind, number = message["do"], message.get("shard", -1)
         if kind == "open":
             maps[number] = _mapped(file, mmap.PROT_READ)
-            decoder.open(number, maps[number], TarIndex(**message["index"]), message["where"])
+            decoder.open(number, maps[number], TarIndex(**json.loads(message["index"])), message["where"])
         elif kind == "close":
             decoder.close(number)
             maps.pop(number).close()

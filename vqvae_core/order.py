@@ -138,7 +138,8 @@ class Order:
         key = (epoch, lanes, number)
         if key not in self._stacked:
             windows = [self.window(epoch, lane, number) for lane in lanes]
-            self._stacked[key] = np.array([[one.files for one in windows], [one.rows for one in windows]])
+            parts = [one.files for one in windows] + [one.rows for one in windows]
+            self._stacked[key] = np.stack(parts).reshape(2, len(lanes), -1)
             while len(self._stacked) > 2:
                 self._stacked.popitem(last=False)
         return self._stacked[key]
