@@ -69,6 +69,22 @@ def test_ranks_and_a_resume(images: ImageShards, num_workers: int) -> None:
     assert [one + other for one, other in zip(*parts, strict=True)] == whole[7:]
 
 
+@pytest.mark.parametrize("most_of_indexes", [1 << 20, 0])
+def test_a_shard_is_walked_once_as_long_as_indexes_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_of_indexes: int
+) -> None:
+    walks: list[str] = []
+    monkeypatch.setattr(loading, "_MOST_OF_INDEXES", most_of_indexes)
+    monkeypatch.setattr(loading, "index_tar", lambda data, where: (walks.append(where), index_tar(data, where))[1])
+    images = make_images(Folder.of(tmp_path), [2] * 20)
+    loader = ImageLoader(images, OrderConfig(batch_size=4, num_lanes=2, shuffle_window=3), AugmentConfig())
+    known = {picture(number).tobytes(): number for number in range(40)}
+    for step, batch in enumerate(loader.batches(0, 30)):  # three epochs
+        places = loader.order.batch(step, loader.lanes)
+        assert [known[pixels.numpy().tobytes()] for pixels in batch] == (2 * places.files + places.rows).tolist()
+    assert len(walks) == 20 if most_of_indexes else len(walks) > 40
+
+
 def test_eight_processes_and_a_batch_smaller_than_their_number(images: ImageShards) -> None:
     config = OrderConfig(batch_size=4, num_lanes=4, shuffle_window=5)
     loader = ImageLoader(images, config, AugmentConfig(), num_workers=8)
