@@ -63,7 +63,7 @@ def fit(
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    from pipelines.lean_train import leave_out_helpers
+    from pipelines.lean_train import end_leftovers, leave_out_helpers
 
     place = folder / f"training-{work}"
     others = [other for other in folder.folders() if other.startswith("training-") and other != place.name]
@@ -76,6 +76,7 @@ def fit(
     board = Board()
     needed = resources.min_workers or resources.num_workers
     workers = (needed, resources.num_workers) if elastic else resources.num_workers
+    one_arena = {name: os.environ.get(name, value) for name, value in ONE_ARENA.items()}
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={
@@ -97,13 +98,15 @@ def fit(
         run_config=RunConfig(
             name="ray",
             storage_path=place.uri,
-            worker_runtime_env={"env_vars": ONE_ARENA},
+            worker_runtime_env={"env_vars": {} if resources.use_gpu else one_arena},
             failure_config=FailureConfig(
                 max_failures=resources.max_failures, controller_failure_limit=_CONTROLLER_FAILURES
             ),
         ),
     )
     leave_out_helpers(trainer, alone=pipeline.session.alone, elastic=elastic)
+    if pipeline.session.alone:
+        end_leftovers()
     value: dict[str, Any] = {}
     with contextlib.closing(board):
         with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):

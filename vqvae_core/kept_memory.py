@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-# Parameters of mallopt, out of glibc's malloc.h, and its defaults.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-_DEFAULTS = {_TRIM_THRESHOLD: 128 * 1024, _MMAP_MAX: 65536}
+# Parameters of mallopt, out of glibc's malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEPT = {_TRIM_THRESHOLD: -1, _MMAP_MAX: 0}  # no end of the heap is given back, no block is mapped by itself
+# glibc raises its two thresholds as blocks are freed, which it does no more after any call of mallopt: to these.
+_AFTER = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
 
 # For the environment in which a process starts: only the first arena of glibc grows without limit, and a thread that is
 # not the main one would get another.
@@ -26,8 +27,8 @@ ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 def kept_memory(device: str) -> Iterator[None]:
     """Keep what is freed inside, where the device is the CPU and the system has glibc's malloc; elsewhere nothing is
     done. What is freed is given back at the end."""
-    libc: Any = ctypes.CDLL(None)
-    if torch.device(device).type != "cpu" or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    libc: Any = ctypes.CDLL(None) if torch.device(device).type == "cpu" else None
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         yield
         return
     for name, value in _KEPT.items():
@@ -35,6 +36,6 @@ def kept_memory(device: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in _DEFAULTS.items():
+        for name, value in _AFTER.items():
             libc.mallopt(name, value)
         libc.malloc_trim(0)

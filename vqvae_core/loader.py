@@ -39,7 +39,7 @@ _AHEAD = 4  # batches, at least, in the making while one is used
 _FETCHES = 8  # shards that are opened at once
 _SMOOTH = 0.9  # of the rates of processes, from one message to the next
 _MOST = 4  # times as quick as another that a process is taken for
-_MOST_OF_INDEXES = 64 << 20  # bytes: of a million images and more
+_MOST_OF_INDEXES = 64 << 20  # bytes, about: of half a million to a million images
 _MAX_DEATHS = 3  # of a loader's processes
 
 

@@ -87,17 +87,21 @@ def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None
     until(lambda: any(found >= step for found in states_of(root)), process)
 
 
-def workers(process: subprocess.Popen[str] | int) -> list[int]:
-    """The processes of Ray Train's workers under a process, such as a driver."""
+def named(process: subprocess.Popen[str] | int) -> list[tuple[str, int]]:
+    """What Ray's processes under a process, such as a driver, call themselves, without their method."""
     ancestor = process if isinstance(process, int) else process.pid
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if b"RayTrainWorker" in path.read_bytes() and _under(int(path.parent.name), ancestor):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
+        with contextlib.suppress(OSError):
+            title = path.read_text(errors="replace").split("\0")[0].strip()
+            if title.startswith("ray::") and _under(int(path.parent.name), ancestor):
+                found.append((title.removeprefix("ray::").split(".")[0], int(path.parent.name)))
     return sorted(found)
+
+
+def workers(process: subprocess.Popen[str] | int) -> list[int]:
+    """The processes of Ray Train's workers under a process, such as a driver."""
+    return [pid for name, pid in named(process) if name.startswith("RayTrainWorker")]
 
 
 def _under(pid: int, ancestor: int) -> bool:
@@ -106,6 +110,17 @@ def _under(pid: int, ancestor: int) -> bool:
             return True
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return False
+
+
+def test_nothing_idle_runs_beside_the_ranks(tmp_path: Path) -> None:
+    """Where they train on one machine, what shared it before (here the sharding) and what has nothing to do is gone."""
+    root = tmp_path / "root"
+    process = start(root, "--resources.num-workers", "2", "--train.steps", "100000")
+    wait_for_step(root, 20, process)
+    names = [name for name, _ in named(process) if name != "IDLE"]
+    process.terminate()
+    assert process.wait(60) == 143
+    assert names == ["DashboardAgent", "RayTrainWorker", "RayTrainWorker", "RuntimeEnvAgent", "TrainController"]
 
 
 def test_a_killed_worker(done: Path, root: Path) -> None:
