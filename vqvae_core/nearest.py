@@ -16,27 +16,23 @@ _BLOCK = 64  # codes whose least distance is found together, by vector instructi
 def nearest_codes(latents: Float[Tensor, "n d"], table: Float[Tensor, "k d"]) -> Int[Tensor, "n"]:
     """Index (N,) of the nearest code (K, D), Euclidean, for each row of latents (N, D): eq. 1.
 
-    Ties go to the lowest index. |z|^2 is the same for every code and left out; |e|^2 / 2 is one more column of the
-    product -z.e, which costs less than to add it. Both sides are measured from the codes' mean, which changes no
+    Ties go to the lowest index. |z|^2 is the same for every code and left out: what is compared is |e|^2 / 2 - z.e, one
+    product with a bias. Both sides are measured from the codes' mean, which changes no
     distance: where all codes lie close together and far from 0, |e|^2 - 2 z.e would be nothing but rounding.
     """
-    dim = table.shape[1]
     centre = table.mean(dim=0)
     codes = table - centre
-    columns = -(-(dim + 1) // 4) * 4  # GPUs want rows of whole vectors
-    weights = codes.new_zeros(len(table), columns)
-    torch.neg(codes, out=weights[:, :dim])
-    torch.sum(codes.square().mul_(0.5), dim=1, out=weights[:, dim])
+    bias = codes.square().sum(dim=1).mul_(0.5)
     rows = max(1, min(len(latents), _CHUNK_ELEMENTS // len(table)))
     if latents.device.type == "cpu":
         rows = min(rows, _CHUNK_ROWS)
-    points = latents.new_ones(rows, columns)
+    points = latents.new_empty(rows, latents.shape[1])
     distances = latents.new_empty(rows, len(table))
     tokens = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
     for start in range(0, len(latents), rows):
         chunk = latents[start : start + rows]
-        torch.sub(chunk, centre, out=points[: len(chunk), :dim])
-        found = torch.mm(points[: len(chunk)], weights.T, out=distances[: len(chunk)])
+        torch.sub(chunk, centre, out=points[: len(chunk)])
+        found = torch.addmm(bias, points[: len(chunk)], codes.T, alpha=-1, out=distances[: len(chunk)])
         tokens[start : start + rows] = _argmin(found)
     return tokens
 
