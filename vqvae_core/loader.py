@@ -2,7 +2,7 @@
 
 Shards are mapped, not copied (from S3: fetched once, while the window before is read). Processes write pixels into
 mapped batches, so that none travels through a pipe. What is in memory is bounded by windows: the shards that the lanes
-read in two of them, and some batches.
+read in two of them, some batches, and up to 64 MiB of where images lie in shards that were read.
 """
 
 import contextlib
