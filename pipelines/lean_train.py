@@ -1,4 +1,4 @@
-"""Ray Train without the processes that have nothing to do here, bound to this version of Ray.
+"""Ray Train without the processes that have nothing to do here, and patient; bound to this version of Ray.
 
 An idle actor wakes a hundred times a second, which takes a hundredth of a core; and where ranks wait for each other in
 every step, what delays one of them delays all (measured: two of these took 3 % from a training on two cores).
@@ -8,12 +8,15 @@ import contextlib
 from typing import Any
 
 import ray
+from ray.train import FailureConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.context import TrainRunContext
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 # Namespaces and names of the actors that Ray Data leaves running when its work is done, and starts again at need.
 _LEFTOVERS = {
@@ -44,9 +47,29 @@ def leave_out_helpers(trainer: TorchTrainer, *, alone: bool, elastic: bool) -> N
         *more,
     ]
     if alone and not elastic:
-        run = internal._initialize_and_run_controller
-        policy = _SameNumber(trainer.scaling_config)
-        internal._initialize_and_run_controller = lambda **settings: run(**{**settings, "scaling_policy": policy})
+        _give(trainer, scaling_policy=_SameNumber(trainer.scaling_config))
+
+
+def count_starts_in_a_row(trainer: TorchTrainer) -> None:
+    """Let `FailureConfig.controller_failure_limit` bound the starts of a group that fail one after the other: Ray
+    counts all of a run, so that a long one on a cluster that often loses nodes would end."""
+    _give(trainer, failure_policy=StartsInARow(trainer.run_config.failure_config or FailureConfig()))
+
+
+def _give(trainer: TorchTrainer, **policies: Any) -> None:
+    """Let the trainer's controller have these instead of its own."""
+    internal: Any = trainer
+    run = internal._initialize_and_run_controller
+    internal._initialize_and_run_controller = lambda **settings: run(**{**settings, **policies})
+
+
+class StartsInARow(DefaultFailurePolicy):
+    """Ray's policy, but a group that has run clears the count of those that did not start before it."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if not isinstance(training_failed_error, ControllerError):  # workers died or were taken away, so there were any
+            self._controller_failures = 0
+        return super().make_decision(training_failed_error)
 
 
 class _EndSynchronizer(WorkerGroupCallback):

@@ -32,10 +32,10 @@ _SECONDS_BETWEEN_POLLS = 1.0
 _SECONDS_OF_PATIENCE = 10.0
 _SECONDS_BETWEEN_SAVES = 5.0  # while a node is about to be taken away
 _CHOICES, _SECONDS_BETWEEN_CHOICES = 5, 2.0
-_START_SECONDS = "60"
-_CONTROLLER_FAILURES = 3  # of starting a group
+_START_SECONDS, _STARTS = "60", 4  # of each attempt to start a group, and attempts in a row
+# A group of a size that is no longer there is given up soon: Ray counts on a vanished node for up to a minute.
+_ELASTIC_START_SECONDS, _ELASTIC_STARTS = "20", 12
 _SECONDS_TO_BE_ENDED = 30.0  # after which a rank whose group should be ended fails by itself
-_ELASTIC_START_SECONDS = "20"  # a group of a size that is no longer there is given up after it
 
 
 class TrainingFailedError(RuntimeError):
@@ -54,16 +54,15 @@ def fit(
     resources = pipeline.resources
     cpus = pipeline.cpus_per_worker()
     elastic = resources.min_workers is not None
-    os.environ.setdefault(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _ELASTIC_START_SECONDS if elastic else _START_SECONDS
-    )
+    seconds, starts = (_ELASTIC_START_SECONDS, _ELASTIC_STARTS) if elastic else (_START_SECONDS, _STARTS)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", seconds)
     if pipeline.session.alone:  # no node is taken away, and nobody collects Ray's own metrics
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    from pipelines.lean_train import end_leftovers, leave_out_helpers
+    from pipelines.lean_train import count_starts_in_a_row, end_leftovers, leave_out_helpers
 
     place = folder / f"training-{work}"
     others = [other for other in folder.folders() if other.startswith("training-") and other != place.name]
@@ -99,12 +98,11 @@ def fit(
             name="ray",
             storage_path=place.uri,
             worker_runtime_env={"env_vars": {} if resources.use_gpu else one_arena},
-            failure_config=FailureConfig(
-                max_failures=resources.max_failures, controller_failure_limit=_CONTROLLER_FAILURES
-            ),
+            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=starts - 1),
         ),
     )
     leave_out_helpers(trainer, alone=pipeline.session.alone, elastic=elastic)
+    count_starts_in_a_row(trainer)
     if pipeline.session.alone:
         end_leftovers()
     value: dict[str, Any] = {}
@@ -115,7 +113,7 @@ def fit(
             except (WorkerGroupError, ControllerError) as error:
                 _raise_failure(board)
                 started = isinstance(error, WorkerGroupError)
-                raise TrainingFailedError(_over(name, resources, error, started=started)) from error
+                raise TrainingFailedError(_over(name, resources, error, starts=None if started else starts)) from error
             except SystemExit:  # what Ray Train makes of SIGINT: the follower's, or else Ctrl-C
                 _raise_failure(board)
                 raise KeyboardInterrupt from None
@@ -126,17 +124,18 @@ def fit(
     return value
 
 
-def _over(name: str, resources: Resources, error: Exception, *, started: bool) -> str:
-    """The message of a training that ended in Ray Train's hands. started: its workers did."""
+def _over(name: str, resources: Resources, error: Exception, *, starts: int | None) -> str:
+    """The message of a training that ended in Ray Train's hands. starts: attempts to start its workers; None: they
+    did start."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    if started:
+    if starts is None:
         return (
             f"{name}: training stopped after {resources.max_failures} restarts (--resources.max-failures), the last "
             f"error was: {reason}; the last checkpoint is kept, the same command goes on from it"
         )
     return (
         f"{name}: expected {resources.min_workers or resources.num_workers} workers to start, they did not in "
-        f"{_CONTROLLER_FAILURES + 1} attempts: {reason}; is the cluster busy with other work? What was trained is "
+        f"{starts} attempts: {reason}; is the cluster busy with other work? What was trained is "
         "kept, the same command goes on from it"
     )
 

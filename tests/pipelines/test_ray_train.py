@@ -70,6 +70,12 @@ def start(root: Path, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command(root, *options), stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
+def said_by(process: subprocess.Popen[str]) -> str:
+    """What a process made by `start` has written."""
+    arguments = list(map(str, process.args))  # type: ignore[arg-type]
+    return log_of(Path(arguments[arguments.index("--root") + 1])).read_text(errors="replace")
+
+
 def states_of(root: Path) -> list[int]:
     """Steps of which there is a whole state."""
     return [int(path.parent.name[5:]) for path in root.glob("train_vqvae-*/training-*/step-*/state.json")]
@@ -78,13 +84,13 @@ def states_of(root: Path) -> list[int]:
 def until(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 120) -> None:
     begin = time.monotonic()
     while not condition():
-        assert process.poll() is None
-        assert time.monotonic() - begin < seconds
+        assert process.poll() is None, f"ended with {process.poll()}:\n{said_by(process)}"
+        assert time.monotonic() - begin < seconds, said_by(process)
         time.sleep(0.02)
 
 
-def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
-    until(lambda: any(found >= step for found in states_of(root)), process)
+def wait_for_step(root: Path, step: int, process: subprocess.Popen[str], seconds: float = 120) -> None:
+    until(lambda: any(found >= step for found in states_of(root)), process, seconds)
 
 
 def named(process: subprocess.Popen[str] | int) -> list[tuple[str, int]]:
@@ -385,13 +391,13 @@ def test_nodes_that_go_and_come(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         wait_for_step(root, 20, process)
         assert len(workers(ours)) == 2
         cluster.remove(0)
-        wait_for_step(root, max(states_of(root)) + 100, process)
+        wait_for_step(root, max(states_of(root)) + 100, process, 300)  # Ray counts on a dead node for up to a minute
         assert len(workers(ours)) == 1
         cluster.add()
         until(lambda: len(workers(ours)) == 2, process, 240)  # Ray Train looks once a minute
         wait_for_step(root, max(states_of(root)) + 40, process)
         cluster.remove(0)  # the one that was there all the time
-        wait_for_step(root, max(states_of(root)) + 100, process)
+        wait_for_step(root, max(states_of(root)) + 100, process, 300)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143, log_of(root).read_text()
         history = json.loads(max(root.glob("train_vqvae-*/training-*/step-*/state.json")).read_text())["history"]
