@@ -1,5 +1,6 @@
 """Batches of a loader are those of the order, for any number of processes, whatever dies or is broken."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -162,9 +163,18 @@ def open_files() -> int:
 
 
 def children() -> list[int]:
-    own = Path(f"/proc/{os.getpid()}/task")
-    found = [int(pid) for task in own.iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in found if b"loader_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    """The loader's processes that live. Threads and processes may end while they are looked at."""
+    found = []
+    for task in Path(f"/proc/{os.getpid()}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found += [int(pid) for pid in (task / "children").read_text().split()]
+    return [pid for pid in found if is_loader(pid)]
+
+
+def is_loader(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"loader_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def test_a_process_that_stood_still_is_asked_again() -> None:
@@ -238,7 +248,8 @@ def test_processes_that_die_again_and_again_end_training(images: ImageShards) ->
     ):
         for _ in loader.batches(0, 400):
             for pid in children():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
