@@ -157,10 +157,12 @@ class _Rival:
 Jobs = list[tuple[Callable[..., None], tuple[Any, ...]]]  # functions, each for a process, and their arguments
 
 
-def in_turns(rivals: dict[str, tuple[Jobs, list[str], int]], turns: int, seconds: float) -> dict[str, list[Turn]]:
+def in_turns(
+    rivals: dict[str, tuple[Jobs, list[str], int]], turns: int, seconds: float, far: Sequence[str] = (), every: int = 1
+) -> dict[str, list[Turn]]:
     """Rivals that take turns of some seconds: while one works, all processes of the others are stopped, so that a slow
     minute of the machine hits all. Each has jobs without end, the files in which they count, and the count of each from
-    which on it is measured."""
+    which on it is measured. far: those that only take a turn `every` so many, since they are not close."""
     found: dict[str, list[Turn]] = {name: [] for name in rivals}
     with contextlib.ExitStack() as stack:
         running = {}
@@ -171,7 +173,8 @@ def in_turns(rivals: dict[str, tuple[Jobs, list[str], int]], turns: int, seconds
             rival.halt()
         for number in range(turns):
             for name, rival in running.items():
-                found[name].append(rival.turn(seconds))
+                if name not in far or number % every == 0:
+                    found[name].append(rival.turn(seconds))
             print(f"turn {number + 1} of {turns}", flush=True)
     return found
 

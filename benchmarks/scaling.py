@@ -42,7 +42,7 @@ from vqvae_core.vqvae import VQVAE
 from vqvae_core.vqvae_training import VQVAETraining
 
 RANKS, RANK_BATCH, WARM = 2, 64, 10
-TURN_SECONDS, TURNS, STARTS = 8.0, 8, 3
+TURN_SECONDS, TURNS, STARTS = 4.0, 16, 3
 ENDLESS = 1_000_000  # steps
 
 

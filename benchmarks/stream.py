@@ -1,17 +1,17 @@
 """Reading training images: the loader against the bare decode loop, webdataset's WebLoader and Ray Data.
 
-    python -m benchmarks.stream            # 20 turns each
+    python -m benchmarks.stream            # 60 turns of the loader and of the bare loop
     python -m benchmarks.stream --quick
 
 84x84 PNG frames and 128x128 JPEGs (quality 95, 4:4:4), in shards of 1,024 on a local disk, all in memory of the
-operating system. All rivals decode with the loader's own decoder, into one image's memory a process, on 2 processes and
-2 CPUs and give batches of 64; the process that takes them does nothing else. The bare loop decodes the same images out
-of its memory and keeps none. All are started once and take turns of some seconds, in which the processes of the others
-are stopped, so that a slow minute of the machine hits all. The loader is measured from its second epoch on, since in
-the first each file is hashed once, which is a figure beside the others. Bars: at least 90 % of the bare loop; CPU time
-an image beyond bare decoding at most half of WebLoader's; at least 1.5 times Ray Data; memory that is bounded by the
-windows: with shards and windows of 128, peak memory and mapped shards that do not grow with the images, and no more
-shards mapped than three a lane.
+operating system. All rivals decode with the loader's own decoder, into one image's memory a process, on 2 processes
+and 2 CPUs and give batches of 64; the process that takes them does nothing else. The bare loop decodes the same images
+out of its memory and keeps none. All are started once and take turns of a second, in which the processes of the others
+are stopped, so that a slow moment of the machine hits all; WebLoader and Ray Data take every third. The loader is
+measured from its second epoch on, since in the first each file is hashed once, which is a figure beside the others.
+Bars: at least 90 % of the bare loop; CPU time an image beyond bare decoding at most half of WebLoader's; at least 1.5
+times Ray Data; memory that is bounded by the windows: with shards and windows of 128, peak memory and mapped shards
+that do not grow with the images, and no more shards mapped than three a lane.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from vqvae_core.order import OrderConfig
 from vqvae_core.storage import Folder
 
 PROCESSES, BATCH, PER_SHARD, WARM = 2, 64, 1024, 32  # batches before the clock runs
-TURNS, QUICK_TURNS, TURN_SECONDS, ENDLESS = 20, 4, 2.0, 1_000_000
+TURNS, QUICK_TURNS, TURN_SECONDS, EVERY, ENDLESS = 60, 9, 1.0, 3, 1_000_000
 SMALL = 128  # samples of a shard and of a window where memory is measured
 LANES = 8
 KINDS = {"png84": (84, "png"), "jpg128": (128, "jpg")}
@@ -211,6 +211,8 @@ def compare(kind: str, folder: Path | None, quick: bool) -> tuple[list[Bar], dic
             },
             QUICK_TURNS if quick else TURNS,
             TURN_SECONDS,
+            far=("web_loader", "ray_data"),
+            every=EVERY,
         )
         small = Folder.of(place) / "small"
         peaks, mapped, bound = {}, {}, 0

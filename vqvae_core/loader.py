@@ -34,7 +34,7 @@ from vqvae_core.loader_channel import Channel, ChannelClosedError
 from vqvae_core.mapped_file import MappedFile
 from vqvae_core.order import Order, OrderConfig, Places, lanes_of
 
-_STRETCH = 128  # samples, at least, that are asked for at once: a message costs as much as some of them
+_STRETCH = 256  # samples, at least, that are asked for at once: a message costs as much as some of them
 _AHEAD = 4  # batches, at least, in the making while one is used
 _FETCHES = 8  # shards that are opened at once
 _SMOOTH = 0.9  # of the rates of processes, from one message to the next
