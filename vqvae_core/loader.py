@@ -80,8 +80,8 @@ class ImageLoader:
         Each is valid until the next is asked for, then it is overwritten. Raises `ArtifactError` naming the file or
         image that is not what it should be, `LoaderError` where processes die again and again.
         """
-        # Steps of a stretch, of which a message tells. A thread needs none: it decodes the images of one step at a time,
-        # so that it takes as much of each step as of the next, on all ranks.
+        # Steps of a stretch, of which a message tells. A thread needs none: it decodes one step at a time, so that it
+        # takes as much of each step as of the next, on all ranks.
         longest = -(-_STRETCH // self._rank_batch) if self._num_workers else 1
         ahead = max(2, -(-_AHEAD // longest))
         shape = (ahead + 1, longest, self._rank_batch, self.size, self.size, 3)
