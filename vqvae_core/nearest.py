@@ -17,8 +17,8 @@ def nearest_codes(latents: Float[Tensor, "n d"], table: Float[Tensor, "k d"]) ->
     """Index (N,) of the nearest code (K, D), Euclidean, for each row of latents (N, D): eq. 1.
 
     Ties go to the lowest index. |z|^2 is the same for every code and left out: what is compared is |e|^2 / 2 - z.e, one
-    product with a bias. Both sides are measured from the codes' mean, which changes no
-    distance: where all codes lie close together and far from 0, |e|^2 - 2 z.e would be nothing but rounding.
+    product with a bias. Both sides are measured from the codes' mean, which changes no distance: where all codes lie
+    close together and far from 0, |e|^2 - 2 z.e would be nothing but rounding.
     """
     centre = table.mean(dim=0)
     codes = table - centre

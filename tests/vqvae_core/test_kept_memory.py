@@ -34,8 +34,7 @@ def resident_bytes() -> int:
 def test_freed_memory_is_used_again_without_asking_the_system() -> None:
     with kept_memory("cpu"):
         found = [pages_fetched(BYTES - number * PAGE_BYTES) for number in range(8)]
-    # Each a little smaller than the one before: glibc looks for room to align a block beside it, and where something
-    # small lies behind what was freed, the same size does not fit.
+    # Each a little smaller than the one before: the same size does not always fit where one was freed (kept_memory.py).
     assert found[-1] < BYTES / PAGE_BYTES / 10
 
 
