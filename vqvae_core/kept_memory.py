@@ -2,8 +2,8 @@
 
 glibc gives large blocks back to the system when they are freed, and the system hands them out again page by page, each
 zeroed: for the activations of a step on the CPU that took 5 % of a training's time. What it costs is memory between
-blocks: a tenth to a sixth more than before, of the demo's model. A block of the same size does not always fit where one was
-freed, since glibc looks for some bytes more to align it: then it takes new pages as before.
+blocks: a tenth to a sixth more than before, of the demo's model. A block of the same size does not always fit where one
+was freed, since glibc looks for some bytes more to align it: then it takes new pages as before.
 """
 
 import contextlib
