@@ -62,6 +62,7 @@ def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None)
     images = ImageShards.open(Folder(settings["images"]))
     config = TrainConfig(**settings["train"])
     loader = ImageLoader(images, config, AugmentConfig(), rank=worker.rank, world_size=worker.world_size)
+    worker = dataclasses.replace(worker, all_reduce=loader.during(worker.all_reduce))
     torch.manual_seed(0)
     task = VQVAETraining(
         VQVAE(DOOM84.vqvae), steps=config.steps, steps_per_epoch=loader.order.steps_per_epoch, seed=0,

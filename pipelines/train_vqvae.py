@@ -100,6 +100,7 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
         num_workers=settings["loader_workers"],
         warn=worker.warn,
     )
+    worker = dataclasses.replace(worker, all_reduce=loader.during(worker.all_reduce))
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))  # the same initial weights on every rank
     model = VQVAE(config)
     task = VQVAETraining(

@@ -37,6 +37,8 @@ from vqvae_core.order import Order, OrderConfig, Places, lanes_of
 _STRETCH = 256  # samples, at least, that are asked for at once: a message costs as much as some of them
 _AHEAD = 4  # batches, at least, in the making while one is used
 _FETCHES = 8  # shards that are opened at once
+_READY = 2  # batches that a thread keeps ready while its process computes
+_PORTION = 8  # images that a thread decodes before it looks whether it may go on
 _SMOOTH = 0.9  # of the rates of processes, from one message to the next
 _MOST = 4  # times as quick as another that a process is taken for
 _MOST_OF_INDEXES = 64 << 20  # bytes, about: of half a million to a million images
@@ -73,6 +75,17 @@ class ImageLoader:
         self._num_workers, self._warn = num_workers, warn
         self._rank_batch = config.batch_size // world_size
         self._known = _Known()
+        self._leisure = _Leisure()
+
+    def during(self, wait: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """The same function, one in which ranks wait for each other: a loader's thread decodes ahead meanwhile, which
+        leaves it less to do while the rank computes on the same core."""
+
+        def waiting(tensor: Tensor) -> None:
+            with self._leisure.inside():
+                wait(tensor)
+
+        return waiting
 
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         """Pixels, uint8 (B / world_size, S, S, 3), of steps start to stop - 1.
@@ -112,7 +125,7 @@ class ImageLoader:
 
     def _crew(self, batches: MappedFile, pixels: np.ndarray) -> "_Crew":
         if self._num_workers == 0:
-            return _Thread(Decoder(self._augment, self.size, self._config.seed), pixels)
+            return _Thread(Decoder(self._augment, self.size, self._config.seed), pixels, self._leisure)
         begin = {"size": self.size, "seed": self._config.seed, "augment": dataclasses.asdict(self._augment)}
         return _Processes(self._num_workers, begin, batches, self._warn)
 
@@ -223,13 +236,33 @@ def _allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-class _Thread:
-    """A thread of this process: enough where decoding is little beside a step."""
+class _Leisure:
+    """Whether this process waits for other ranks, so that its core is free."""
 
-    def __init__(self, decoder: Decoder, pixels: np.ndarray) -> None:
-        self._decoder, self._pixels = decoder, pixels
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.is_now = False
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        with self.changed:
+            self.is_now = True
+            self.changed.notify_all()
+        try:
+            yield
+        finally:
+            self.is_now = False
+
+
+class _Thread:
+    """A thread of this process: enough where decoding is little beside a step. It keeps few batches ready while the
+    process computes, and decodes ahead in its leisure."""
+
+    def __init__(self, decoder: Decoder, pixels: np.ndarray, leisure: _Leisure) -> None:
+        self._decoder, self._pixels, self._leisure = decoder, pixels, leisure
         self._todo: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._done: queue.Queue[BaseException | None] = queue.Queue()
+        self._num_ready, self._over = 0, False
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
@@ -252,21 +285,40 @@ class _Thread:
 
     def decode(self, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
         def decode() -> None:
-            self._decoder.decode(epoch, shards.tolist(), rows.tolist(), self._pixels[first : first + len(rows)])
+            for begin in range(0, len(rows), _PORTION):
+                self._await_turn()
+                end = min(begin + _PORTION, len(rows))
+                out = self._pixels[first + begin : first + end]
+                self._decoder.decode(epoch, shards[begin:end].tolist(), rows[begin:end].tolist(), out)
+            self._count_ready(1)
             self._done.put(None)
 
         self._todo.put(decode)
+
+    def _await_turn(self) -> None:
+        leisure = self._leisure
+        with leisure.changed:
+            leisure.changed.wait_for(lambda: self._num_ready < _READY or leisure.is_now or self._over)
+
+    def _count_ready(self, more: int) -> None:
+        with self._leisure.changed:
+            self._num_ready += more
+            self._leisure.changed.notify_all()
 
     def wait(self) -> None:
         failure = self._done.get()
         if failure is not None:
             raise failure
+        self._count_ready(-1)
 
     def end(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._todo.get_nowait()
         self._todo.put(None)
+        with self._leisure.changed:
+            self._over = True
+            self._leisure.changed.notify_all()
         self._thread.join()
 
 

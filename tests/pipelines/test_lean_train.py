@@ -1,5 +1,10 @@
 """What Ray Train is given instead of its own, without a cluster."""
 
+import signal
+import subprocess
+import sys
+import time
+
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -23,3 +28,38 @@ def test_deaths_are_counted_all_together() -> None:
     policy = StartsInARow(FailureConfig(max_failures=2, controller_failure_limit=2))
     decisions = [policy.make_decision(error) for error in (DIED, NOT_STARTED, DIED, NOT_STARTED, DIED)]
     assert decisions == [RETRY, RETRY, RETRY, RETRY, RAISE]
+
+
+# What Ray's processes do with their main thread, for four seconds, or until a signal.
+TICKS = """
+import signal, sys, time
+from pipelines.lean_train import rest
+
+def stop(*_):
+    print("stopped", flush=True)
+    sys.exit(3)
+
+signal.signal(signal.SIGTERM, stop)
+rest(0.5)
+print("begins", flush=True)
+begin, ticks = time.monotonic(), 0
+while time.monotonic() - begin < 4:
+    time.sleep(0.01)
+    ticks += 1
+print(ticks)
+"""
+
+
+def test_a_main_thread_that_rests() -> None:
+    done = subprocess.run([sys.executable, "-c", TICKS], capture_output=True, text=True, timeout=60, check=True)
+    assert 30 <= int(done.stdout.split()[-1]) < 200  # of four hundred
+
+
+def test_a_main_thread_that_rests_is_there_for_other_signals() -> None:
+    with subprocess.Popen([sys.executable, "-c", TICKS], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.9)  # it sleeps from 0.5 to 1.4
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 3
+        assert process.stdout.read() == "stopped\n"

@@ -4,11 +4,13 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.faults import faulty
 from tests.vqvae_core.shards import key_of, make_images, picture
@@ -105,6 +107,37 @@ def test_augmentation_is_the_same_for_any_number_of_processes(images: ImageShard
             epoch = step // loader.order.steps_per_epoch
             wanted = augment.apply(picture(number), key=key_of(number), seed=1, epoch=epoch)
             assert np.array_equal(pixels.numpy(), wanted)
+
+
+def test_a_thread_decodes_ahead_while_ranks_wait_for_each_other(
+    images: ImageShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    decode = loading.Decoder.decode
+
+    def counting(self: Any, epoch: int, shards: Any, rows: Any, out: np.ndarray) -> None:
+        decode(self, epoch, shards, rows, out)
+        decoded.append(len(rows))
+
+    def comes(number: int) -> None:
+        deadline = time.monotonic() + 20
+        while sum(decoded) < number and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)  # for those that should not
+        assert sum(decoded) == number
+
+    monkeypatch.setattr(loading.Decoder, "decode", counting)
+    loader = ImageLoader(images, CONFIG, AugmentConfig())
+    with contextlib.closing(loader.batches(0, 17)) as batches:
+        next(batches)
+        comes(3 * 8)  # the batch that is used, and two that are ready
+        loader.during(lambda _: comes(5 * 8))(torch.zeros(1))  # all that there is memory for
+        next(batches)
+        comes(5 * 8)  # three are ready
+        list(batches)
+    with contextlib.closing(loader.batches(0, 17)) as batches:  # left while the thread rests
+        next(batches)
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
 
 
 def test_skipping_reads_nothing(images: ImageShards, monkeypatch: pytest.MonkeyPatch) -> None:
