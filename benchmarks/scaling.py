@@ -31,6 +31,7 @@ from benchmarks.tokenize import make_images
 from pipelines import ray_train
 from pipelines.config import Resources
 from pipelines.presets import DOOM84
+from pipelines.train_vqvae import sharing_its_core
 from vqvae_core.augment import AugmentConfig
 from vqvae_core.checkpoint import TrainingState
 from vqvae_core.image_shards import ImageShards
@@ -62,7 +63,7 @@ def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None)
     images = ImageShards.open(Folder(settings["images"]))
     config = TrainConfig(**settings["train"])
     loader = ImageLoader(images, config, AugmentConfig(), rank=worker.rank, world_size=worker.world_size)
-    worker = dataclasses.replace(worker, all_reduce=loader.during(worker.all_reduce))
+    worker = sharing_its_core(worker, loader)
     torch.manual_seed(0)
     task = VQVAETraining(
         VQVAE(DOOM84.vqvae), steps=config.steps, steps_per_epoch=loader.order.steps_per_epoch, seed=0,

@@ -1,4 +1,4 @@
-"""Ray Train without the processes that have nothing to do here, and patient; bound to this version of Ray.
+"""Ray Train without the processes and wakes that have nothing to do here, and patient; bound to this version of Ray.
 
 An idle actor wakes a hundred times a second, which takes a hundredth of a core; and where ranks wait for each other in
 every step, what delays one of them delays all (measured: two of these took 3 % from a training on two cores).
@@ -7,6 +7,7 @@ every step, what delays one of them delays all (measured: two of these took 3 % 
 import atexit
 import contextlib
 import signal
+import threading
 import time
 from typing import Any
 
@@ -28,8 +29,8 @@ _LEFTOVERS = {
     ("ActorLocationTracker", "ActorLocationTracker"),
 }
 
-_REST = 0.9  # seconds, of each one
-_SECONDS_AT_WORK = 10.0  # so that the start of a training is not slower
+_SECONDS_OF_REST, _SECONDS_AWAKE = 0.9, 0.1
+_SECONDS_BEFORE_REST = 10.0  # so that the start of a training is not slower
 
 
 def end_leftovers() -> None:
@@ -47,13 +48,20 @@ def leave_out_helpers(trainer: TorchTrainer, *, alone: bool, elastic: bool) -> N
     internal: Any = trainer
     idle = (DatasetsCallback, PlacementGroupCleanerCallback) if alone else DatasetsCallback
     make = internal._create_default_callbacks
-    more = [_EndSynchronizer(), _Rest()] if alone else []
+    more = [_EndSynchronizer()] if alone else []
     internal._create_default_callbacks = lambda: [
         *(callback for callback in make() if not isinstance(callback, idle)),
         *more,
     ]
     if alone and not elastic:
         _give(trainer, scaling_policy=_SameNumber(trainer.scaling_config))
+
+
+def let_main_threads_rest(trainer: TorchTrainer) -> None:
+    """Those of its workers. Their calls take up to a second longer: for a cluster that ends with this program."""
+    internal: Any = trainer
+    make = internal._create_default_callbacks
+    internal._create_default_callbacks = lambda: [*make(), _Rest()]
 
 
 def count_starts_in_a_row(trainer: TorchTrainer) -> None:
@@ -89,20 +97,29 @@ class _Rest(WorkerCallback):
     """Lets the main threads of workers sleep most of the time: training runs in another."""
 
     def after_init_train_context(self) -> None:
-        rest(_SECONDS_AT_WORK)
+        if threading.current_thread() is threading.main_thread():
+            rest(_SECONDS_BEFORE_REST)
 
 
-def rest(seconds: float) -> None:
-    """From now on in so many seconds let the main thread, which calls this, sleep most of each second.
+def rest(after: float) -> None:
+    """In so many seconds, let the main thread, which calls this, begin to sleep for 0.9 s of each second.
 
     That of Ray's processes looks a hundred times a second whether a signal came in, and takes Python's lock for it: on
-    the core on which a rank computes that costs 2 % of a training. The handler of a signal is where it can be held; an
-    actor's calls wait for it for up to 0.9 s, other signals do not.
+    the core on which a rank computes that costs 1 to 2 % of a training. The handler of a signal is where it can be
+    held. An actor's calls wait for its end, other signals do not.
     """
-    signal.signal(signal.SIGALRM, lambda *_: time.sleep(_REST))
-    signal.siginterrupt(signal.SIGALRM, False)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # Python gives up its handlers before it has ended
+
+    def sleep(*_: object) -> None:
+        time.sleep(_SECONDS_OF_REST)
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS_AWAKE)
+
+    def end() -> None:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+    signal.signal(signal.SIGALRM, sleep)
+    signal.siginterrupt(signal.SIGALRM, False)  # a system call that it meets goes on
+    signal.setitimer(signal.ITIMER_REAL, after)
+    atexit.register(end)  # Python gives up its handlers before it has ended, and a signal without one ends a process
 
 
 class _SameNumber(FixedScalingPolicy):

@@ -62,7 +62,12 @@ def fit(
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    from pipelines.lean_train import count_starts_in_a_row, end_leftovers, leave_out_helpers
+    from pipelines.lean_train import (
+        count_starts_in_a_row,
+        end_leftovers,
+        leave_out_helpers,
+        let_main_threads_rest,
+    )
 
     place = folder / f"training-{work}"
     others = [other for other in folder.folders() if other.startswith("training-") and other != place.name]
@@ -104,6 +109,7 @@ def fit(
     leave_out_helpers(trainer, alone=pipeline.session.alone, elastic=elastic)
     count_starts_in_a_row(trainer)
     if pipeline.session.alone:
+        let_main_threads_rest(trainer)
         end_leftovers()
     value: dict[str, Any] = {}
     with contextlib.closing(board):

@@ -100,7 +100,7 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
         num_workers=settings["loader_workers"],
         warn=worker.warn,
     )
-    worker = dataclasses.replace(worker, all_reduce=loader.during(worker.all_reduce))
+    worker = sharing_its_core(worker, loader)
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))  # the same initial weights on every rank
     model = VQVAE(config)
     task = VQVAETraining(
@@ -117,6 +117,13 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
         return {}
     best = load_best(task, history, worker)
     return _finish(settings, model, images, loader, schedule, history, worker, best)
+
+
+def sharing_its_core(worker: Worker, loader: ImageLoader) -> Worker:
+    """A worker whose loader decodes ahead while it waits for other ranks, where it computes on the same cores."""
+    if worker.world_size == 1 or torch.device(worker.device).type != "cpu":
+        return worker
+    return dataclasses.replace(worker, all_reduce=loader.during(worker.all_reduce))
 
 
 def load_best(task: Trainable, history: History, worker: Worker) -> int:

@@ -37,7 +37,7 @@ from vqvae_core.order import Order, OrderConfig, Places, lanes_of
 _STRETCH = 256  # samples, at least, that are asked for at once: a message costs as much as some of them
 _AHEAD = 4  # batches, at least, in the making while one is used
 _FETCHES = 8  # shards that are opened at once
-_READY = 2  # batches that a thread keeps ready while its process computes
+_READY = 2  # batches that a thread keeps ready while its rank computes on the same core
 _PORTION = 8  # images that a thread decodes before it looks whether it may go on
 _SMOOTH = 0.9  # of the rates of processes, from one message to the next
 _MOST = 4  # times as quick as another that a process is taken for
@@ -78,8 +78,9 @@ class ImageLoader:
         self._leisure = _Leisure()
 
     def during(self, wait: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-        """The same function, one in which ranks wait for each other: a loader's thread decodes ahead meanwhile, which
-        leaves it less to do while the rank computes on the same core."""
+        """`wait`, in which this rank waits for others. From now on a loader's thread decodes ahead while it runs, and
+        otherwise only what is needed soon, since it takes the core from a rank that computes on it."""
+        self._leisure.bound = True
 
         def waiting(tensor: Tensor) -> None:
             with self._leisure.inside():
@@ -237,26 +238,37 @@ def _allow_open_files() -> None:
 
 
 class _Leisure:
-    """Whether this process waits for other ranks, so that its core is free."""
+    """When a core has time for decoding ahead: always, or only inside, where `bound`."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
-        self.is_now = False
+        self.bound = False
+        self._changed = threading.Condition()
+        self._is_inside = False
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        with self.changed:
-            self.is_now = True
-            self.changed.notify_all()
+        with self._changed:
+            self._is_inside = True
+            self._changed.notify_all()
         try:
             yield
         finally:
-            self.is_now = False
+            self._is_inside = False  # nobody waits for the end
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """What `wait` looks at is changed inside."""
+        with self._changed:
+            yield
+            self._changed.notify_all()
+
+    def wait(self, unless: Callable[[], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self.bound or self._is_inside or unless())
 
 
 class _Thread:
-    """A thread of this process: enough where decoding is little beside a step. It keeps few batches ready while the
-    process computes, and decodes ahead in its leisure."""
+    """A thread of this process: enough where decoding is little beside a step. It decodes ahead at leisure."""
 
     def __init__(self, decoder: Decoder, pixels: np.ndarray, leisure: _Leisure) -> None:
         self._decoder, self._pixels, self._leisure = decoder, pixels, leisure
@@ -286,7 +298,9 @@ class _Thread:
     def decode(self, epoch: int, shards: np.ndarray, rows: np.ndarray, first: int) -> None:
         def decode() -> None:
             for begin in range(0, len(rows), _PORTION):
-                self._await_turn()
+                self._leisure.wait(unless=lambda: self._num_ready < _READY or self._over)
+                if self._over:
+                    return
                 end = min(begin + _PORTION, len(rows))
                 out = self._pixels[first + begin : first + end]
                 self._decoder.decode(epoch, shards[begin:end].tolist(), rows[begin:end].tolist(), out)
@@ -295,15 +309,9 @@ class _Thread:
 
         self._todo.put(decode)
 
-    def _await_turn(self) -> None:
-        leisure = self._leisure
-        with leisure.changed:
-            leisure.changed.wait_for(lambda: self._num_ready < _READY or leisure.is_now or self._over)
-
     def _count_ready(self, more: int) -> None:
-        with self._leisure.changed:
+        with self._leisure.changing():
             self._num_ready += more
-            self._leisure.changed.notify_all()
 
     def wait(self) -> None:
         failure = self._done.get()
@@ -316,9 +324,8 @@ class _Thread:
             while True:
                 self._todo.get_nowait()
         self._todo.put(None)
-        with self._leisure.changed:
+        with self._leisure.changing():
             self._over = True
-            self._leisure.changed.notify_all()
         self._thread.join()
 
 

@@ -30,36 +30,41 @@ def test_deaths_are_counted_all_together() -> None:
     assert decisions == [RETRY, RETRY, RETRY, RETRY, RAISE]
 
 
-# What Ray's processes do with their main thread, for four seconds, or until a signal.
+# What Ray's processes do with their main thread, for some seconds, or until a signal.
 TICKS = """
 import signal, sys, time
-from pipelines.lean_train import rest
+from pipelines import lean_train
 
 def stop(*_):
     print("stopped", flush=True)
     sys.exit(3)
 
+lean_train._SECONDS_OF_REST = float(sys.argv[1])
 signal.signal(signal.SIGTERM, stop)
-rest(0.5)
-print("begins", flush=True)
+lean_train.rest(0.5)
 begin, ticks = time.monotonic(), 0
+print("begins", flush=True)
 while time.monotonic() - begin < 4:
     time.sleep(0.01)
     ticks += 1
 print(ticks)
+signal.setitimer(signal.ITIMER_REAL, 1e-6)
 """
 
 
 def test_a_main_thread_that_rests() -> None:
-    done = subprocess.run([sys.executable, "-c", TICKS], capture_output=True, text=True, timeout=60, check=True)
+    """And it ends as any other, though the signal comes at its end."""
+    program = [sys.executable, "-c", TICKS, "0.9"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
     assert 30 <= int(done.stdout.split()[-1]) < 200  # of four hundred
 
 
 def test_a_main_thread_that_rests_is_there_for_other_signals() -> None:
-    with subprocess.Popen([sys.executable, "-c", TICKS], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", TICKS, "600"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(0.9)  # it sleeps from 0.5 to 1.4
+        time.sleep(1.5)  # it sleeps since a second
+        assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 3
+        assert process.wait(20) == 3
         assert process.stdout.read() == "stopped\n"

@@ -110,6 +110,12 @@ def workers(process: subprocess.Popen[str] | int) -> list[int]:
     return [pid for name, pid in named(process) if name.startswith("RayTrainWorker")]
 
 
+def wakes(pid: int) -> int:
+    """How often a process's main thread has gone to sleep so far."""
+    lines = Path(f"/proc/{pid}/task/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("voluntary_ctxt_switches")).split()[1])
+
+
 def _under(pid: int, ancestor: int) -> bool:
     while pid > 1:
         if pid == ancestor:
@@ -119,11 +125,17 @@ def _under(pid: int, ancestor: int) -> bool:
 
 
 def test_nothing_idle_runs_beside_the_ranks(tmp_path: Path) -> None:
-    """Where they train on one machine, what shared it before (here the sharding) and what has nothing to do is gone."""
+    """Where they train on one machine, what shared it before (here the sharding) and what has nothing to do is gone,
+    and the ranks' main threads rest."""
     root = tmp_path / "root"
     process = start(root, "--resources.num-workers", "2", "--train.steps", "100000")
     wait_for_step(root, 20, process)
     names = [name for name, _ in named(process) if name != "IDLE"]
+    ranks = workers(process)
+    time.sleep(12)  # they do so after ten seconds
+    before = [wakes(pid) for pid in ranks]
+    time.sleep(4)
+    assert all(wakes(pid) - since < 200 for pid, since in zip(ranks, before, strict=True))  # of four hundred
     process.terminate()
     assert process.wait(60) == 143
     assert names == ["DashboardAgent", "RayTrainWorker", "RayTrainWorker", "RuntimeEnvAgent", "TrainController"]

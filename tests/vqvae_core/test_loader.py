@@ -1,6 +1,7 @@
 """Batches of a loader are those of the order, for any number of processes, whatever dies or is broken."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import threading
@@ -110,9 +111,11 @@ def test_augmentation_is_the_same_for_any_number_of_processes(images: ImageShard
 
 
 def test_a_thread_decodes_ahead_while_ranks_wait_for_each_other(
-    images: ImageShards, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decoded = []
+    config = dataclasses.replace(CONFIG, batch_size=16, num_lanes=1)
+    images = make_images(Folder.of(tmp_path), [40] * 4)
+    decoded: list[int] = []
     decode = loading.Decoder.decode
 
     def counting(self: Any, epoch: int, shards: Any, rows: Any, out: np.ndarray) -> None:
@@ -127,16 +130,25 @@ def test_a_thread_decodes_ahead_while_ranks_wait_for_each_other(
         assert sum(decoded) == number
 
     monkeypatch.setattr(loading.Decoder, "decode", counting)
-    loader = ImageLoader(images, CONFIG, AugmentConfig())
-    with contextlib.closing(loader.batches(0, 17)) as batches:
+    loader = ImageLoader(images, config, AugmentConfig())
+    with contextlib.closing(loader.batches(0, 8)) as batches:
         next(batches)
-        comes(3 * 8)  # the batch that is used, and two that are ready
-        loader.during(lambda _: comes(5 * 8))(torch.zeros(1))  # all that there is memory for
+        comes(5 * 16)  # all that there is memory for
+    decoded.clear()
+    wait = loader.during(lambda _: comes(5 * 16))
+    with contextlib.closing(loader.batches(0, 8)) as batches:
         next(batches)
-        comes(5 * 8)  # three are ready
+        comes(3 * 16)  # the batch that is used, and two that are ready
+        wait(torch.zeros(1))
+        next(batches)
+        comes(5 * 16)  # three are ready
         list(batches)
-    with contextlib.closing(loader.batches(0, 17)) as batches:  # left while the thread rests
+    decoded.clear()
+    with contextlib.closing(loader.batches(0, 8)) as batches:
         next(batches)
+        comes(3 * 16)  # left while it rests
+    time.sleep(0.2)
+    assert sum(decoded) == 3 * 16
     assert not any(thread.name == "loader" for thread in threading.enumerate())
 
 
