@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -52,6 +53,7 @@ signal.setitimer(signal.ITIMER_REAL, 1e-6)
 """
 
 
+@pytest.mark.slow
 def test_a_main_thread_that_rests() -> None:
     """And it ends as any other, though the signal comes at its end."""
     program = [sys.executable, "-c", TICKS, "0.9"]
@@ -59,6 +61,7 @@ def test_a_main_thread_that_rests() -> None:
     assert 30 <= int(done.stdout.split()[-1]) < 200  # of four hundred
 
 
+@pytest.mark.slow
 def test_a_main_thread_that_rests_is_there_for_other_signals() -> None:
     with subprocess.Popen([sys.executable, "-c", TICKS, "600"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
