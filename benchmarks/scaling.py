@@ -6,7 +6,7 @@
 The demo's model on 84x84 images that are read from shards, 64 images a rank and step (the paper's batch of 128), a core
 and a thread a rank (its loader runs on the same core), in the precision that the machine is best at. Both are started
 and then take turns of four seconds: while one trains, all processes of the other are stopped, Ray's own included, so
-that a slow minute of the machine hits both. How memory happens to lie makes some starts faster than others, so both are
+that a slow minute of the machine hits both. Some starts are faster than others, whatever the reason, so both are
 started three times. Steps are counted after the first ten. The two independent processes run side by side: whatever
 cores share, they share too, so their summed rate is the limit. Bar: at least 93 % of it.
 """
