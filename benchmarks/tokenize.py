@@ -95,12 +95,11 @@ def _commit(folder: Folder, kind: str, files: list[FileEntry], facts: dict[str, 
 @functools.cache
 def load(model: str, threads: int) -> tuple[VQVAE, bool]:
     """The model with channels last, and whether it runs in bf16."""
-    from pipelines.train_vqvae import load_vqvae
     from vqvae_core.artifacts import Artifact
 
     torch.set_num_threads(threads)
     artifact = Artifact.open(Folder(model))
-    loaded = load_vqvae(artifact).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loaded = VQVAE.of(artifact).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return loaded, artifact.facts["precision"] == "bf16"
 
 

@@ -1,7 +1,6 @@
 """What a run is made of: recipes (what is computed; hashed) and resources (on what; never hashed)."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from vqvae_core.augment import AugmentConfig
 from vqvae_core.checkpoint import config_from_json
 from vqvae_core.decoding import ImageFormat
 from vqvae_core.pixelcnn import PixelCNNConfig
+from vqvae_core.sampler import Draw
 from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import STRIDE, VQVAEConfig
 
@@ -58,26 +58,30 @@ class ShardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """What is drawn from the prior."""
+    """What is drawn from the prior, and how."""
 
     num_images: int = 16
-    """Samples; their labels go round the label map."""
-    temperature: float = 1.0
-    """Divides the logits: below 1 samples are more typical, above 1 more varied."""
+    """Samples."""
+    label: str | None = None
+    """Of all samples: a name of the label map, or its number; None: a sample's seed goes round the label map."""
     seed: int = 0
     """Of the first sample; sample i has seed + i."""
+    draw: Draw = field(default_factory=Draw)
+    """How codes are drawn."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and caches while codes are drawn."""
+    output: Literal["png", "npz"] = "png"
+    """A PNG for each sample, or for each part one .npz with pixels (N, H, W, 3) and labels."""
     batch_size: int = 16
-    """Samples drawn together; it changes no sample."""
+    """Samples that are drawn together and make one part: a file with their tokens. It changes no sample in fp32 on a
+    CPU; on a GPU or in bf16 sums may be taken in another order."""
 
     def __post_init__(self) -> None:
-        if self.num_images < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"num_images and batch_size must be at least 1, were {self.num_images} and {self.batch_size}"
-            )
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or more, was {self.seed}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number above 0, was {self.temperature}")
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
+        if not 0 <= self.seed <= self.seed + self.num_images <= 2**63:
+            raise ValueError(f"seed must be 0 or more, and seed + num_images at most 2**63, was {self.seed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 
 from pipelines import cli
 from pipelines.progress import Progress
-from pipelines.train_vqvae import load_vqvae, png
+from pipelines.train_vqvae import png
 from vqvae_core.artifacts import MANIFEST, Artifact
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import KEY_PATTERN
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     if first is None:
         raise InputError(f"expected token shards at {options.tokens}, the artifact has none")
     home, table = first
-    model = load_vqvae(_model(options.model, home, table))
+    model = VQVAE.of(_model(options.model, home, table))
     shown: list[np.ndarray] = []
     count = 0
     with Progress("decode", options.limit, "pictures") as progress:

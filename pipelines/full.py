@@ -93,7 +93,7 @@ def _stages(pipeline: Pipeline, config: PipelineConfig, until: str) -> None:
     prior = train_prior(pipeline, config, tokens)
     if until == "train_prior":
         return
-    sample(pipeline, config.sample, prior, vqvae, tokens.label_map)
+    sample(pipeline, config.sample, prior, vqvae)
 
 
 def _figures(pipeline: Pipeline) -> None:

@@ -4,6 +4,7 @@ from pipelines.config import PipelineConfig, Resources, SampleConfig, ShardConfi
 from pipelines.sources import ImageNetSource, RecordedFramesSource, ViZDoomSource
 from vqvae_core.pixelcnn import PixelCNNConfig
 from vqvae_core.quantizer import QuantizerConfig
+from vqvae_core.sampler import Draw
 from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import VQVAEConfig
 
@@ -43,7 +44,7 @@ DOOM84 = PipelineConfig(
         schedule="cosine",
         validate_every=500,
     ),
-    sample=SampleConfig(num_images=21, batch_size=11, temperature=0.85),
+    sample=SampleConfig(num_images=21, batch_size=11, draw=Draw(temperature=0.85)),
 )
 
 DMLAB84 = PipelineConfig(

@@ -93,18 +93,19 @@ def read_sidecar(folder: Folder, work: str, name: str) -> dict[str, Any] | None:
         record = json.loads(folder.read(sidecar_name(name)))
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    if (
-        not isinstance(record, dict)
-        or record.get("work") != work
-        or folder.size(record["file"]["path"]) != record["file"]["bytes"]
-    ):
+    if not isinstance(record, dict) or record.get("work") != work:
         return None
-    return record
+    files = [record["file"], *record.get("more_files", [])]  # one after the other: other sidecars are read meanwhile
+    return record if all(folder.size(file["path"]) == file["bytes"] for file in files) else None
 
 
-def write_sidecar(folder: Folder, work: str, name: str, file: FileEntry, **facts: Any) -> dict[str, Any]:
-    """Prove that a part is done. Written after its file. Returns the record."""
+def write_sidecar(
+    folder: Folder, work: str, name: str, file: FileEntry, more_files: Sequence[FileEntry] = (), **facts: Any
+) -> dict[str, Any]:
+    """Prove that a part is done. Written after its files. Returns the record."""
     record = {"work": work, "name": name, "file": asdict(file), **facts}
+    if more_files:
+        record["more_files"] = [asdict(one) for one in more_files]
     folder.write(sidecar_name(name), json.dumps(record).encode())
     return record
 

@@ -7,7 +7,6 @@ Named so that it does not hide Python's own `tokenize` when it is run as a scrip
 import functools
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ import torch
 
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
-from pipelines.train_vqvae import load_vqvae
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.augment import centre_crop
 from vqvae_core.errors import InputError
@@ -115,11 +113,9 @@ class Encoder:
             return self._model
         torch.set_num_threads(job["threads"])
         artifact = Artifact.open(Folder(job["model"]))
-        self._fingerprint, self._precision = artifact.manifest.fingerprint, artifact.facts["precision"]
-        self._size = artifact.facts["image_size"]
-        self._device = "cuda" if job["use_gpu"] else "cpu"
-        model = load_vqvae(artifact)
-        to_device(model, self._device)
+        self._fingerprint, self._size = artifact.manifest.fingerprint, artifact.facts["image_size"]
+        model = VQVAE.of(artifact)
+        to_device(model, "cuda" if job["use_gpu"] else "cpu")
         self._model = model
         return model
 
@@ -137,7 +133,7 @@ class Encoder:
         model = self._load(job)
         pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(json.loads(row["shape"]))
         pixels = centre_crop(pixels, self._size)  # of images that are stored larger than the model takes them
-        tokens = torch.cat(list(self._encode(model, pixels))).numpy()[..., None]
+        tokens = encoded(model, pixels).numpy()[..., None]
         shape = TokenShape(
             height=tokens.shape[1],
             width=tokens.shape[2],
@@ -151,15 +147,16 @@ class Encoder:
         write_sidecar(folder, job["work"], name, file)
         return {"rows": len(tokens)}
 
-    @torch.no_grad()
-    def _encode(self, model: VQVAE, pixels: torch.Tensor) -> Iterator[torch.Tensor]:
-        # A fixed batch, the last one filled up: an image's tokens must not depend on how many share its batch.
-        for start in range(0, len(pixels), _BATCH):
-            batch = pixels[start : start + _BATCH]
-            count = len(batch)
-            batch = torch.cat([batch, batch[-1:].expand(_BATCH - count, -1, -1, -1)]).to(self._device)
-            with torch.autocast(self._device, torch.bfloat16, enabled=self._precision == "bf16"):
-                yield model.encode(batch)[:count].cpu()
+
+def encoded(model: VQVAE, pixels: torch.Tensor) -> torch.Tensor:
+    """Tokens, int64 (N, H/4, W/4), of pixels, uint8 (N, H, W, 3): the same for an image however many others there are,
+    since the last batch is filled up."""
+    found = []
+    for start in range(0, len(pixels), _BATCH):
+        batch = pixels[start : start + _BATCH]
+        count = len(batch)
+        found.append(model.encode(torch.cat([batch, batch[-1:].expand(_BATCH - count, -1, -1, -1)]))[:count].cpu())
+    return torch.cat(found)
 
 
 if __name__ == "__main__":

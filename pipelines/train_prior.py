@@ -14,20 +14,19 @@ from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
 from pipelines.train_vqvae import load_best, write_files
 from vqvae_core.artifacts import Artifact, FileEntry
-from vqvae_core.checkpoint import TrainingState, config_from_json, load_model, save_model
+from vqvae_core.checkpoint import TrainingState, config_from_json
 from vqvae_core.errors import InputError
 from vqvae_core.order import mix
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
-from vqvae_core.prior_training import PriorTraining, bits_per_token, unigram_bits_per_token
+from vqvae_core.prior import KIND, Prior
+from vqvae_core.prior_training import PriorTraining, bits_per_token, latent_bits_per_dim, unigram_bits_per_token
 from vqvae_core.storage import Folder
 from vqvae_core.token_loader import TokenLoader
-from vqvae_core.token_shards import TokenShape, TokenShards
+from vqvae_core.token_shards import TokenShards
 from vqvae_core.train import Worker, train
 from vqvae_core.train_config import TrainConfig
-from vqvae_core.vqvae import STRIDE
 
-VERSION = 2
-KIND = "PriorModel"
+VERSION = 3
 _VALIDATION_IMAGES = 256
 
 
@@ -63,36 +62,32 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
     shards = TokenShards.open(Folder(settings["tokens"]))
     schedule = TrainConfig(**settings["train"])
     loader = TokenLoader(shards, schedule, rank=worker.rank, world_size=worker.world_size)
-    num_classes = len(shards.label_map or {})
+    label_map = shards.label_map or None
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
-    model = PixelCNN(config_from_json(PixelCNNConfig, settings["model"]), shards.shape, num_classes)
+    model = PixelCNN(config_from_json(PixelCNNConfig, settings["model"]), shards.shape, len(label_map or {}))
     task = PriorTraining(
-        model, precision=schedule.precision, worker=worker, validation=read_tokens(shards, _VALIDATION_IMAGES)
+        model,
+        seed=schedule.seed,
+        precision=schedule.precision,
+        worker=worker,
+        validation=read_tokens(shards, _VALIDATION_IMAGES),
     )
     history = train(task, loader, schedule, worker, settings["identity"], resume)
     if worker.rank != 0:
         return {}
     best = load_best(task, history, worker)
     facts = {**_figures(model.eval(), shards, schedule, worker), "best_step": best}
-    description = {
-        "model": settings["model"],
-        "shape": dataclasses.asdict(shards.shape),
-        "num_classes": num_classes,
-    }
-    out = {
-        "model.safetensors": save_model(model),
-        "config.json": json.dumps(description, indent=1).encode(),
-        "history.json": json.dumps(history).encode(),
-    }
+    prior = Prior(model, label_map, shards.artifact.facts["model"])
+    out = {**prior.files(settings["model"]), "history.json": json.dumps(history).encode()}
     return {"files": write_files(Folder(settings["out"]), out), "facts": facts}
 
 
 def read_tokens(shards: TokenShards, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, int64 (N, H, W), and labels (N,) of the first images of the validation split."""
+    """Tokens, int64 (N, H, W, G), and labels (N,) of the first images of the validation split."""
     tokens, labels = [], []
     for path in shards.shards("validation"):
         table = shards.read(path)
-        tokens.append(table.tokens[..., 0].astype(np.int64))
+        tokens.append(table.tokens.astype(np.int64))
         labels.append(table.labels.astype(np.int64))
     if not tokens or not sum(map(len, tokens)):
         raise InputError(f"expected a validation split in {shards.artifact.folder.uri}, found no row")
@@ -104,7 +99,6 @@ def _figures(model: PixelCNN, shards: TokenShards, schedule: TrainConfig, worker
     shape = shards.shape
     bits = bits_per_token(model, tokens, labels, schedule.precision, worker.device)
     unigram = unigram_bits_per_token(tokens, shape.num_codes)
-    tokens_per_dim = shape.num_tokens / (3 * (shape.height * STRIDE) * (shape.width * STRIDE))
     return {
         "validation_images": len(tokens),
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -112,21 +106,9 @@ def _figures(model: PixelCNN, shards: TokenShards, schedule: TrainConfig, worker
         "bits_per_token": bits,
         "unigram_bits_per_token": unigram,
         "gain_bits_per_token": unigram - bits,
-        "latent_bits_per_dim": bits * tokens_per_dim,
-        "latent_bits_per_dim_uniform": math.log2(shape.num_codes) * tokens_per_dim,
+        "latent_bits_per_dim": latent_bits_per_dim(bits, shape),
+        "latent_bits_per_dim_uniform": latent_bits_per_dim(math.log2(shape.num_codes), shape),
     }
-
-
-def load_prior(artifact: Artifact) -> PixelCNN:
-    """The model of a PriorModel artifact, in eval mode."""
-    description = json.loads(artifact.read("config.json"))
-    model = PixelCNN(
-        config_from_json(PixelCNNConfig, description["model"]),
-        TokenShape(**description["shape"]),
-        description["num_classes"],
-    )
-    load_model(model, artifact.read("model.safetensors"))
-    return model.eval()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from vqvae_core.checkpoint import (
     TornStateError,
     TrainingState,
     config_from_json,
-    load_model,
     save_model,
 )
 from vqvae_core.errors import InputError
@@ -31,12 +30,11 @@ from vqvae_core.order import mix
 from vqvae_core.storage import Folder
 from vqvae_core.train import Trainable, Worker, train, validations
 from vqvae_core.train_config import TrainConfig, best_precision
-from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
+from vqvae_core.vqvae import KIND, STRIDE, VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining, comparison, evaluate, shrunken_psnr_db
 from vqvae_core.weight_average import load_weights
 
 VERSION = 2
-KIND = "VQVAEModel"
 RECONSTRUCTIONS = "reconstructions.png"
 _VALIDATION_IMAGES = 256  # for the curves; the final figures are over the whole split
 _BITS_PER_RGB_PIXEL = 24
@@ -213,13 +211,6 @@ def write_files(folder: Folder, files: dict[str, bytes]) -> list[dict[str, Any]]
     for name, data in files.items():
         folder.write(name, data)
     return [dataclasses.asdict(FileEntry.of(name, data)) for name, data in files.items()]
-
-
-def load_vqvae(artifact: Artifact) -> VQVAE:
-    """The model of a VQVAEModel artifact, in eval mode."""
-    model = VQVAE(config_from_json(VQVAEConfig, json.loads(artifact.read("config.json"))))
-    load_model(model, artifact.read("model.safetensors"))
-    return model.eval()
 
 
 if __name__ == "__main__":

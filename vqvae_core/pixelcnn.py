@@ -2,21 +2,26 @@
 
 The vertical stack sees all rows above, the horizontal stack the sites to the left in its row and, through the vertical
 stack, the rows above. Kernels are cropped to what they may see and inputs are padded: nothing is multiplied by a mask.
+Where a site has several codes, they follow each other in the order of their groups.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae_core.errors import InputError
+from vqvae_core.quantizer import at_least_fp32
 from vqvae_core.shapes import Float, Int
 from vqvae_core.token_shards import TokenShape
+
+NO_LABEL = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelCNNConfig:
-    """The network of the prior. Height, width and K come from the tokens, the number of classes from their labels."""
+    """The network of the prior. Height, width, K, G and the number of classes come from the tokens."""
 
     channels: int = 128
     """Channels of each stack."""
@@ -30,6 +35,8 @@ class PixelCNNConfig:
     """Channels between the last layer and the logits."""
     dropout: float = 0.0
     """Share of features dropped after each gate in training."""
+    label_dropout: float = 0.0
+    """Share of labels left out in training, so that samples can be guided (arXiv:2207.12598): 0.1 is usual."""
 
     def __post_init__(self) -> None:
         for name in ("channels", "num_layers", "head_channels"):
@@ -38,8 +45,22 @@ class PixelCNNConfig:
         for name in ("kernel_size", "first_kernel_size"):
             if getattr(self, name) < 3 or getattr(self, name) % 2 == 0:
                 raise ValueError(f"{name} must be odd and at least 3, was {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, was {self.dropout}")
+        for name in ("dropout", "label_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, was {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """What a prior is told beside the tokens: labels, integers (B,), -1 where there is none; a vector (B, F) of the
+    whole image; a map (B, F, H, W) with features of each site. All three are seen from every site."""
+
+    labels: Tensor | None = None
+    vector: Tensor | None = None
+    spatial: Tensor | None = None
+
+
+NOTHING = Condition()
 
 
 def shift_down(x: Tensor) -> Tensor:
@@ -71,10 +92,37 @@ class HorizontalConv(nn.Module):
         return self.conv(x)[:, :, :, : x.shape[3]]
 
 
+class ConditionBias(nn.Module):
+    """What a condition adds before the gates of a layer: section 2.3 of the paper, eq. 3 and the spatial form."""
+
+    def __init__(self, channels: int, num_classes: int, vector_features: int, map_features: int) -> None:
+        super().__init__()
+        # One row more, for images without a label.
+        self.label = nn.Embedding(num_classes + 1, channels) if num_classes else None
+        self.vector = nn.Linear(vector_features, channels, bias=False) if vector_features else None
+        self.spatial = nn.Conv2d(map_features, channels, 1, bias=False) if map_features else None
+        if self.label is not None:
+            nn.init.zeros_(self.label.weight)
+
+    def forward(self, condition: Condition) -> Tensor | None:
+        """(B, channels, 1 or H, 1 or W), None where the layer takes no condition."""
+        found: list[Tensor] = []
+        if self.label is not None and condition.labels is not None:
+            labels = torch.where(condition.labels < 0, self.label.num_embeddings - 1, condition.labels)
+            found.append(self.label(labels)[:, :, None, None])
+        if self.vector is not None and condition.vector is not None:
+            found.append(self.vector(condition.vector)[:, :, None, None])
+        if self.spatial is not None and condition.spatial is not None:
+            found.append(self.spatial(condition.spatial))
+        return sum(found[1:], found[0]) if found else None
+
+
 class GatedLayer(nn.Module):
     """One layer of both stacks: figure 2 of the paper, with a skip connection out of the horizontal stack."""
 
-    def __init__(self, config: PixelCNNConfig, num_classes: int, *, first: bool) -> None:
+    def __init__(
+        self, config: PixelCNNConfig, num_classes: int, vector_features: int, map_features: int, *, first: bool
+    ) -> None:
         super().__init__()
         channels = config.channels
         kernel_size = config.first_kernel_size if first else config.kernel_size
@@ -84,17 +132,16 @@ class GatedLayer(nn.Module):
         self.vertical_to_horizontal = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.residual = nn.Conv2d(channels, channels, 1)
         self.skip = nn.Conv2d(channels, channels, 1)
-        self.class_bias = nn.Embedding(num_classes, 4 * channels) if num_classes else None
-        if self.class_bias is not None:
-            nn.init.zeros_(self.class_bias.weight)
+        self.bias = ConditionBias(4 * channels, num_classes, vector_features, map_features)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, v: Tensor, h: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, v: Tensor, h: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
         """v, h: (B, C, H, W). Returns the next v and h, and what this layer adds to the output."""
         above = self.vertical(v)
         left = self.horizontal(h) + self.vertical_to_horizontal(shift_down(above))
-        if self.class_bias is not None:
-            bias_v, bias_h = self.class_bias(labels)[:, :, None, None].to(above.dtype).chunk(2, dim=1)
+        bias = self.bias(condition)
+        if bias is not None:
+            bias_v, bias_h = bias.to(above.dtype).chunk(2, dim=1)
             above, left = above + bias_v, left + bias_h
         gated = self.dropout(gate(left))
         residual = self.residual(gated)
@@ -108,43 +155,111 @@ def gate(x: Tensor) -> Tensor:
     return value.tanh() * switch.sigmoid()
 
 
-class PixelCNN(nn.Module):
-    """p(tokens | label) as a product over sites in raster order. num_classes 0: unconditional."""
+class Head(nn.Module):
+    """From the sum of the skip connections to logits. A code sees those of earlier groups at its own site."""
 
-    def __init__(self, config: PixelCNNConfig, shape: TokenShape, num_classes: int = 0) -> None:
+    def __init__(self, config: PixelCNNConfig, shape: TokenShape) -> None:
         super().__init__()
-        if shape.num_groups != 1:
-            raise InputError(f"expected one code a site for this prior, found {shape.num_groups} groups")
+        groups, codes, hidden = shape.num_groups, shape.num_codes, config.head_channels
+        self.num_groups, self.num_codes = groups, codes
+        self.activation = nn.ReLU()
+        self.hidden = nn.Conv2d(config.channels, hidden, 1)
+        self.earlier = nn.Embedding((groups - 1) * codes, hidden) if groups > 1 else None
+        self.logits = nn.Conv2d(groups * hidden, groups * codes, 1, groups=groups)
+
+    def forward(self, total: Tensor, tokens: Tensor) -> Tensor:
+        """total: (B, C, H, W); tokens: (B, H, W, G). Returns logits (B, K, H, W, G)."""
+        hidden = self.hidden(self.activation(total))
+        if self.earlier is not None:
+            offsets = torch.arange(self.num_groups - 1, device=tokens.device) * self.num_codes
+            added = self.earlier(tokens[..., :-1] + offsets).cumsum(dim=3)  # (B, H, W, G - 1, hidden)
+            added = F.pad(added, (0, 0, 1, 0)).permute(0, 3, 4, 1, 2)
+            hidden = (hidden[:, None] + added).flatten(1, 2)
+        logits = self.logits(self.activation(hidden))
+        return logits.unflatten(1, (self.num_groups, self.num_codes)).permute(0, 2, 3, 4, 1)
+
+
+class PixelCNN(nn.Module):
+    """p(tokens | condition) as a product over sites in raster order and, in a site, over groups.
+
+    num_classes, vector_features, map_features: what it is conditioned on; 0: not on that.
+    """
+
+    def __init__(
+        self,
+        config: PixelCNNConfig,
+        shape: TokenShape,
+        num_classes: int = 0,
+        *,
+        vector_features: int = 0,
+        map_features: int = 0,
+    ) -> None:
+        super().__init__()
         self.config, self.shape, self.num_classes = config, shape, num_classes
-        self.embed = nn.Embedding(shape.num_codes, config.channels)
+        self.vector_features, self.map_features = vector_features, map_features
+        self.embed = nn.Embedding(shape.num_groups * shape.num_codes, config.channels)
         self.layers = nn.ModuleList(
-            GatedLayer(config, num_classes, first=number == 0) for number in range(config.num_layers)
+            GatedLayer(config, num_classes, vector_features, map_features, first=number == 0)
+            for number in range(config.num_layers)
         )
-        self.head = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(config.channels, config.head_channels, 1),
-            nn.ReLU(),
-            nn.Conv2d(config.head_channels, shape.num_codes, 1),
-        )
+        self.head = Head(config, shape)
 
-    def forward(self, tokens: Int[Tensor, "b h w"], labels: Int[Tensor, "b"] | None = None) -> Float[Tensor, "b k h w"]:
-        """Logits (B, K, H, W) for tokens (B, H, W): those of a site depend on earlier sites only.
+    def forward(self, tokens: Int[Tensor, "b h w *g"], condition: Condition = NOTHING) -> Float[Tensor, "b k h w *g"]:
+        """Logits (B, K, H, W) for tokens (B, H, W), or (B, K, H, W, G) for tokens (B, H, W, G): those of a code depend
+        on earlier codes only.
 
-        labels: (B,), needed where the prior has classes. Raises ValueError where they are missing.
+        Raises `InputError` where a part of the condition is missing or of another shape.
         """
-        if self.num_classes and labels is None:
-            raise ValueError(f"this prior has {self.num_classes} classes: labels (B,) are needed")
-        return self.logits(self.embed(tokens).permute(0, 3, 1, 2), labels)
+        grouped = tokens if tokens.dim() == 4 else tokens[..., None]
+        self.check(grouped, condition)
+        logits = self.logits(self.embedded(grouped), grouped, condition)
+        return logits if tokens.dim() == 4 else logits[..., 0]
 
-    def logits(self, embedded: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits (B, K, H, W) from embedded tokens (B, C, H, W), where gradients to each site can be taken."""
+    @property
+    def knows_no_label(self) -> bool:
+        """Whether it was trained on images without a label: what stands for none begins at 0 and stays there
+        otherwise."""
+        rows = [layer.bias.label.weight[-1] for layer in self.layers if layer.bias.label is not None]  # type: ignore[union-attr]
+        return any(bool(row.any()) for row in rows)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """The sum of the embeddings of a site's codes, (B, C, H, W), of tokens (B, H, W, G)."""
+        offsets = torch.arange(self.shape.num_groups, device=tokens.device) * self.shape.num_codes
+        return self.embed(tokens + offsets).sum(dim=3).permute(0, 3, 1, 2)
+
+    def logits(self, embedded: Tensor, tokens: Tensor, condition: Condition = NOTHING) -> Tensor:
+        """Logits (B, K, H, W, G) from embedded tokens (B, C, H, W), where gradients to each site can be taken. tokens:
+        (B, H, W, G), for the order within a site."""
         v = h = embedded
         total: Tensor | None = None
         for layer in self.layers:
-            v, h, skip = layer(v, h, labels)
+            v, h, skip = layer(v, h, condition)
             total = skip if total is None else total + skip
-        return self.head(total)
+        assert total is not None, "there is at least one layer"
+        return self.head(total, tokens)
 
-    def nll_nats(self, tokens: Int[Tensor, "b h w"], labels: Int[Tensor, "b"] | None = None) -> Float[Tensor, "b h w"]:
-        """-log p(tokens | label) of each site, (B, H, W)."""
-        return F.cross_entropy(self(tokens, labels).float(), tokens.long(), reduction="none")
+    def nll_nats(self, tokens: Int[Tensor, "b h w *g"], condition: Condition = NOTHING) -> Float[Tensor, "b h w *g"]:
+        """-log p of each code given the earlier ones, in the shape of tokens: (B, H, W) or (B, H, W, G)."""
+        return F.cross_entropy(at_least_fp32(self(tokens, condition)), tokens.long(), reduction="none")
+
+    def check(self, tokens: Tensor, condition: Condition) -> None:
+        """Raises `InputError` where tokens (B, H, W, G) or a condition do not fit this network."""
+        batch, _, _, groups = tokens.shape
+        if groups != self.shape.num_groups:
+            raise InputError(f"expected {self.shape.num_groups} codes a site, found {groups}")
+        for name, wanted, value, shape in (
+            ("labels", self.num_classes, condition.labels, (batch,)),
+            ("vector", self.vector_features, condition.vector, (batch, self.vector_features)),
+            ("map", self.map_features, condition.spatial, (batch, self.map_features, *tokens.shape[1:3])),
+        ):
+            if bool(wanted) != (value is not None):
+                found = "none" if value is None else "some"
+                raise InputError(f"expected {'a' if wanted else 'no'} condition of kind {name}, found {found}")
+            if value is not None and tuple(value.shape) != shape:
+                raise InputError(f"expected a {name} condition of shape {shape}, found {tuple(value.shape)}")
+        # On a GPU a look at the values would be waited for in each step.
+        if condition.labels is not None and condition.labels.device.type == "cpu" and len(condition.labels):
+            low, high = int(condition.labels.min()), int(condition.labels.max())
+            if low < NO_LABEL or high >= self.num_classes:
+                worst = low if low < NO_LABEL else high
+                raise InputError(f"expected labels from {NO_LABEL} to {self.num_classes - 1}, found {worst}")

@@ -105,9 +105,14 @@ class Quantizer(nn.Module, ABC):
     def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
         """latents: z_e (B, D, H, W). It changes nothing: `learn` does."""
 
-    @abstractmethod
     def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
         """Codes (B, D, H, W) of tokens (B, H, W). Raises `InputError` for a token that is not in the table."""
+        self._check(tokens)
+        return self.codes_of(tokens)
+
+    @abstractmethod
+    def codes_of(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+        """The same, without a look at the tokens."""
 
     @property
     @abstractmethod
@@ -166,7 +171,7 @@ class VectorQuantizer(Quantizer):
     def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
             batch, dim, height, width = latents.shape
-            rows, table = self.compared(latents), self._codes()
+            rows, table = self.compared(latents), self.codes()
             tokens = nearest_codes(rows.detach(), table.detach())
             codes = F.embedding(tokens, table)
             if torch.is_grad_enabled():
@@ -186,12 +191,12 @@ class VectorQuantizer(Quantizer):
         rows = at_least_fp32(latents).permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
         return F.normalize(rows, dim=1) if self.config.normalize else rows
 
-    def _codes(self) -> Tensor:
+    def codes(self) -> Float[Tensor, "k d"]:
+        """The table (K, D), on the sphere where codes are."""
         return F.normalize(self.table, dim=1) if self.config.normalize else self.table
 
-    def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
-        self._check(tokens)
-        return self._codes().detach()[tokens].permute(0, 3, 1, 2)
+    def codes_of(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+        return self.codes().detach()[tokens].permute(0, 3, 1, 2)
 
     def statistics(self, quantized: Quantized) -> list[Tensor]:
         """Counts (K,) and, for moving averages, sums (K, D) of the latents that chose each code."""
@@ -313,8 +318,7 @@ class FiniteScalarQuantizer(Quantizer):
         half = (self._levels // 2).to(digits.dtype)
         return (digits - half) / half
 
-    def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
-        self._check(tokens)
+    def codes_of(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
         digits = tokens[..., None] // self._steps % self._levels.to(torch.int64)
         return self._values(digits.to(self._levels.dtype)).permute(0, 3, 1, 2)
 

@@ -29,22 +29,30 @@ class TokenShape:
 
 
 def write_parquet(
-    keys: Sequence[str], labels: Sequence[int | None], tokens: np.ndarray, shape: TokenShape, model: str
+    keys: Sequence[str],
+    labels: Sequence[int | None],
+    tokens: np.ndarray,
+    shape: TokenShape,
+    model: str,
+    **columns: np.ndarray,
 ) -> bytes:
-    """tokens: integers (N, H, W, G) in [0, K). model: fingerprint of the model that made them."""
+    """tokens: integers (N, H, W, G) in [0, K). model: fingerprint of the model that made them. columns: more values by
+    name, (N,) each."""
     flat = np.ascontiguousarray(tokens.reshape(len(keys), shape.num_tokens).astype(np.uint16))
     facts = {"K": shape.num_codes, "H": shape.height, "W": shape.width, "G": shape.num_groups, "model": model}
+    more = {name: pa.array(column) for name, column in columns.items()}
     schema = pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
             pa.field("label", pa.int32()),
             pa.field("tokens", pa.list_(pa.field("element", pa.uint16(), nullable=False), shape.num_tokens)),
+            *[pa.field(name, column.type, nullable=False) for name, column in more.items()],
         ],
         metadata={name: str(value) for name, value in facts.items()},
     )
     values = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), type=schema.field("tokens").type)
     table = pa.Table.from_arrays(
-        [pa.array(keys, pa.string()), pa.array(labels, pa.int32()), values],
+        [pa.array(keys, pa.string()), pa.array(labels, pa.int32()), values, *more.values()],
         schema=schema,
     )
     buffer = io.BytesIO()

@@ -152,6 +152,12 @@ def best_step(history: History, task: Trainable) -> int | None:
     return int(min(points, key=task.score)["step"]) if points else None
 
 
+def validations_since_best(history: History, task: Trainable) -> int:
+    """How many validations there were after the best one."""
+    points, best = validations(history), best_step(history, task)
+    return sum(point["step"] > best for point in points) if best is not None else 0
+
+
 def validations(history: History) -> History:
     """The points of the curves at which there was a validation."""
     return [point for point in history if any(name.startswith("validation_") for name in point)]
@@ -169,7 +175,8 @@ def train(
 
     Random numbers are a function of (seed, step, rank), the order of samples of (seed, step): a state needs neither.
     Gradients and statistics go through one flat sum in a fixed order, in the first step after a restart as in any
-    other. States are saved every `checkpoint_every` steps, where a validation is the best so far, and at the end.
+    other. States are saved every `checkpoint_every` steps, where a validation is the best so far, and at the end, which
+    comes early where `patience` is over.
     Raises `NonFiniteLossError` where a loss or gradient is not finite, `StoppedError` where it was asked to stop.
     """
     with kept_memory(worker.device), _deterministic(config.deterministic, worker.device):
@@ -186,6 +193,7 @@ class _Loop:
         self._curves = _Curves()
         self._saved = 0
         self._best: int | None = None
+        self._is_over = False  # by patience
 
     def run(self, batches: Batches, resume: TrainingState | None) -> History:
         start = self._restore(resume) if resume is not None else 0
@@ -197,6 +205,8 @@ class _Loop:
 
     def _go(self, batches: Batches, start: int) -> None:
         config, worker = self._config, self._worker
+        if self._is_over:
+            return
         with contextlib.closing(batches.batches(start, config.steps)) as waiting:  # type: ignore[type-var]
             for step, batch in enumerate(waiting, start):
                 torch.manual_seed(mix(config.seed, step, worker.rank) & 0x7FFFFFFFFFFFFFFF)
@@ -205,6 +215,8 @@ class _Loop:
                     self._task.before_training(pieces, worker)
                 self._curves.pending.append(self._step(pieces, step))
                 self._after(step + 1)
+                if self._is_over:
+                    return
 
     def _restore(self, state: TrainingState) -> int:
         restore_tensors(self._task.model, self._optimizer, state.tensors)
@@ -215,6 +227,7 @@ class _Loop:
             {name: torch.tensor(value, dtype=torch.float64) for name, value in point.items()} for point in state.pending
         ]
         self._saved, self._best = state.step, best_step(state.history, self._task)
+        self._is_over = self._patience_is_over()
         return state.step
 
     def _step(self, pieces: list[tuple[Any, Piece]], step: int) -> dict[str, Tensor]:
@@ -256,15 +269,30 @@ class _Loop:
             if worker.rank == 0:
                 worker.log(done, {name: value for name, value in point.items() if name != "step"})
                 self._best = best_step(curves.history, self._task) if validates else self._best
+        if validates and config.patience is not None:
+            self._is_over = self._all_told(self._patience_is_over())
         if worker.rank != 0:
             return
+        if self._is_over and done < config.steps:
+            worker.warn(f"stopped at step {done}, since no validation was better than that of step {self._best}")
         asked = worker.asked()
-        if done - self._saved >= worker.checkpoint_every or done in (config.steps, self._best) or asked:
+        is_last = done == config.steps or self._is_over
+        if done - self._saved >= worker.checkpoint_every or is_last or done == self._best or asked:
             curves.check_finite(done, self._saved)
             worker.save(self._state(done), self._best)
             self._saved = done
-        if asked == "stop" and done < config.steps:
+        if asked == "stop" and not is_last:
             raise StoppedError(f"training was asked to stop and did so at step {done}, after a checkpoint")
+
+    def _patience_is_over(self) -> bool:
+        patience = self._config.patience
+        return patience is not None and validations_since_best(self._curves.history, self._task) >= patience
+
+    def _all_told(self, value: bool) -> bool:
+        """What rank 0 has: others' curves have no validations."""
+        told = torch.tensor([float(value and self._worker.rank == 0)], device=self._worker.device)
+        self._worker.all_reduce(told)
+        return bool(told.item())
 
     def _validate(self, done: int) -> dict[str, float]:
         with self._average.applied() if self._average is not None else contextlib.nullcontext():

@@ -42,6 +42,9 @@ class TrainConfig(OrderConfig):
     validate_every: int = 5000
     """Steps between two validations on a fixed set. The weights that do best there are what later stages use."""
 
+    patience: int | None = None
+    """Validations in a row that were not better than the best before them, after which training stops; None: never."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("steps", "log_every", "validate_every"):
@@ -55,6 +58,8 @@ class TrainConfig(OrderConfig):
             raise ValueError(f"warmup_steps must be 0 or more, was {self.warmup_steps}")
         if self.max_gradient_norm is not None and not 0 < self.max_gradient_norm < math.inf:
             raise ValueError(f"max_gradient_norm must be a number above 0 or None, was {self.max_gradient_norm}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 or None, was {self.patience}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be at least 0 (none) and below 1, was {self.ema_decay}")
 

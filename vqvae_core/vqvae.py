@@ -1,5 +1,7 @@
 """The VQ-VAE of arXiv:1711.00937: two strided convolutions and two residual blocks on each side of a table of codes."""
 
+import contextlib
+import json
 import math
 from dataclasses import dataclass, field
 
@@ -7,12 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vqvae_core.artifacts import Artifact
+from vqvae_core.checkpoint import config_from_json, load_model
 from vqvae_core.images import images_to_pixels, pixels_to_images
 from vqvae_core.likelihood import gaussian_nll_nats
 from vqvae_core.quantizer import Quantized, QuantizerConfig, make_quantizer
 from vqvae_core.shapes import Float, Int, UInt8
+from vqvae_core.storage import Folder
 
 STRIDE = 4  # two convolutions of stride 2
+KIND = "VQVAEModel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +117,11 @@ class VQVAEOutput:
 class VQVAE(nn.Module):
     """Encoder, table and decoder. Knows no device, rank or framework."""
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig, *, encodes_in_bf16: bool = False) -> None:
+        """encodes_in_bf16: `encode` runs the encoder under bf16 autocast, as it was trained, for the same tokens."""
         super().__init__()
         self.config = config
+        self.encodes_in_bf16 = encodes_in_bf16
         self.encoder = Encoder(config)
         self.quantizer = make_quantizer(config.quantizer)
         self.decoder = Decoder(config)
@@ -133,16 +141,39 @@ class VQVAE(nn.Module):
             loss = loss + quantized.table_loss
         return VQVAEOutput(mean, quantized, nll, loss)
 
+    @classmethod
+    def load(cls, path: str, device: str = "cpu") -> "VQVAE":
+        """The trained model of an artifact's folder, local or s3://, in eval mode. Raises `ArtifactError` where there
+        is none or a file is not what the manifest says."""
+        return cls.of(Artifact.open(Folder.of(path), KIND)).to(device)
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> "VQVAE":
+        """The trained model of an artifact, in eval mode, which encodes in the precision that it was trained in."""
+        config = config_from_json(VQVAEConfig, json.loads(artifact.read("config.json")))
+        model = cls(config, encodes_in_bf16=artifact.facts.get("precision") == "bf16")
+        load_model(model, artifact.read("model.safetensors"))
+        return model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.encoder.conv_in.weight.device
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights, and so of the images that it takes."""
         return self.encoder.conv_in.weight.dtype
 
+    @torch.no_grad()
     def encode(self, pixels: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b h4 w4"]:
         """Tokens (B, H/4, W/4) of pixels, uint8 (B, H, W, 3)."""
-        images = pixels_to_images(pixels).to(self.dtype)
-        return self.quantizer(self.encoder(images.contiguous(memory_format=torch.channels_last))).tokens
+        images = pixels_to_images(pixels.to(self.device)).to(self.dtype)
+        bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.encodes_in_bf16 else contextlib.nullcontext()
+        with bf16:
+            return self.quantizer(self.encoder(images.contiguous(memory_format=torch.channels_last))).tokens
 
+    @torch.no_grad()
     def decode(self, tokens: Int[Tensor, "b h4 w4"]) -> UInt8[Tensor, "b h w 3"]:
         """Pixels, uint8 (B, H, W, 3), of tokens (B, H/4, W/4)."""
-        return images_to_pixels(self.decoder(self.quantizer.lookup(tokens)))
+        return images_to_pixels(self.decoder(self.quantizer.lookup(tokens.to(self.device))))

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,18 @@ from vqvae_core.vqvae import VQVAE
 PRINT = "ab" * 32
 
 
-def put(folder: Folder, kind: str, files: dict[str, tuple[bytes, int]], fingerprint: str) -> Artifact:
+def put(
+    folder: Folder,
+    kind: str,
+    files: dict[str, tuple[bytes, int]],
+    fingerprint: str,
+    facts: dict[str, Any] | None = None,
+) -> Artifact:
     for name, (data, _) in files.items():
         folder.write(name, data)
     entries = [FileEntry.of(name, data, rows=rows) for name, (data, rows) in files.items()]
     return commit(folder, kind=kind, stage="s", stage_version=1, fingerprint=fingerprint, recipe={}, inputs={},
-                  files=entries, facts={}, provenance={})  # fmt: skip
+                  files=entries, facts=facts or {}, provenance={})  # fmt: skip
 
 
 @pytest.fixture

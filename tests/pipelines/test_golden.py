@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pipelines import index, sample, shard, tokenize_images, train_prior, train_vqvae
+from pipelines.config import SampleConfig
 from pipelines.sources import ImageNetSource
 from pipelines.tokenize_images import Encoder, read_shard
 from tests.pipelines.data import frame, write_imagenet
@@ -19,7 +20,9 @@ from vqvae_core.checkpoint import save_model
 from vqvae_core.image_shards import Sample, write_tar
 from vqvae_core.images import encode
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
+from vqvae_core.prior import Prior
 from vqvae_core.quantizer import QuantizerConfig
+from vqvae_core.sampler import Draw
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape, read_parquet
 from vqvae_core.train import Worker
@@ -129,24 +132,28 @@ def test_train_vqvae(tmp_path: Path, golden: dict) -> None:
 def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
     root = Folder.of(tmp_path)
     shape = {"H": 4, "W": 4, "G": 1, "K": 16}
-    artifact(root / "ts", "TokenShards", tokens_of(root), {"shape": shape, "label_map": {"a": 0, "b": 1}})
+    artifact(
+        root / "ts",
+        "TokenShards",
+        tokens_of(root),
+        {"shape": shape, "label_map": {"a": 0, "b": 1}, "model": "VQVAEModel"},
+    )
     settings = {
         "tokens": (root / "ts").uri, "model": dataclasses.asdict(PRIOR_CONFIG), "out": (root / "p").uri,
         "train": dataclasses.asdict(TRAIN), "identity": "w",
     }  # fmt: skip
     value = train_prior._loop(settings, Worker(), None)
     assert value["facts"]["bits_per_token"] == pytest.approx(golden["bits_per_token"], abs=0.01)
-    prior = weights(PixelCNN(PRIOR_CONFIG, TokenShape(height=4, width=4, num_groups=1, num_codes=16), 2))
-    config = {
-        "model": dataclasses.asdict(PRIOR_CONFIG), "num_classes": 2,
-        "shape": {"height": 4, "width": 4, "num_groups": 1, "num_codes": 16},
-    }  # fmt: skip
-    files = {"model.safetensors": (save_model(prior), 0), "config.json": (json.dumps(config).encode(), 0)}
+    network = weights(PixelCNN(PRIOR_CONFIG, TokenShape(height=4, width=4, num_groups=1, num_codes=16), 2))
+    model = vqvae(root)
+    prior = Prior(network, {"a": 0, "b": 1}, model.manifest.fingerprint)  # type: ignore[arg-type]
+    files = {name: (data, 0) for name, data in prior.files(dataclasses.asdict(PRIOR_CONFIG)).items()}
     made = artifact(root / "pm", "PriorModel", files, {})
-    job = {"prior": made.folder.uri, "vqvae": vqvae(root).folder.uri, "out": (root / "s").uri, "work": "w",
-           "name": "part-000000", "numbers": [0, 1, 2], "seed": 5, "batch_size": 4, "temperature": 0.9,
-           "num_labels": 2}  # fmt: skip
-    sample.draw_part(job)
+    config = SampleConfig(num_images=3, seed=5, batch_size=4, draw=Draw(temperature=0.9))
+    job = {"prior": made.folder.uri, "vqvae": model.folder.uri, "out": (root / "s").uri, "work": "w",
+           "name": "part-000000", "first": 0, "count": 3, "config": dataclasses.asdict(config), "labels": [0, 1],
+           "completion": None, "threads": 1, "use_gpu": False}  # fmt: skip
+    assert sample.Drawer()(sample._as_row(job))["error"] == ""
     table = read_parquet((root / "s").read("part-000000.parquet"), "here")
-    assert table.labels.tolist() == [0, 1, 0]
+    assert table.labels.tolist() == [1, 0, 1]  # by seed: 5, 6, 7
     assert (table.tokens.flatten() == golden["samples"]).mean() >= 0.99

@@ -1,8 +1,10 @@
 """The loop, on a local worker: resume, ranks, golden curve, overfit, and what stops it."""
 
 import dataclasses
+import functools
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,11 @@ import torch
 from tests.vqvae_core.shards import InMemory
 from vqvae_core.checkpoint import StateFolder, TrainingState
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
-from vqvae_core.prior_training import PriorTraining
+from vqvae_core.prior_training import PriorTraining, bits_per_token, left_out
 from vqvae_core.quantizer import QuantizerConfig, VectorQuantizer
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape
-from vqvae_core.train import NonFiniteLossError, StoppedError, Worker, best_step, train
+from vqvae_core.train import NonFiniteLossError, Piece, StoppedError, Worker, best_step, train
 from vqvae_core.train_config import TrainConfig, best_precision, learning_rate
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining
@@ -115,11 +117,8 @@ def test_resume_equals_no_interruption(tmp_path: Path, case: str) -> None:
             assert step == 12 or torch.equal(tensor, last[-1].tensors[name]), name
 
 
-def run_ranks(
-    world_size: int, quantizer: str, schedule: TrainConfig, dtype: torch.dtype, *, micro_batch: int | None = None
-) -> list[VQVAE]:
-    """The same training on ranks that are threads, with a sum over them in a fixed order."""
-    schedule = replace(schedule, deterministic=False)  # a setting of the process, not of a thread
+def sums(world_size: int) -> list[Callable[[torch.Tensor], None]]:
+    """For each of some ranks that are threads: a sum over them, in a fixed order."""
     barrier = threading.Barrier(world_size, timeout=60)
     parts: list[torch.Tensor] = [torch.empty(0)] * world_size
 
@@ -130,12 +129,17 @@ def run_ranks(
         barrier.wait()
         tensor.copy_(total)
 
+    return [functools.partial(all_reduce, rank) for rank in range(world_size)]
+
+
+def run_ranks(
+    world_size: int, quantizer: str, schedule: TrainConfig, dtype: torch.dtype, *, micro_batch: int | None = None
+) -> list[VQVAE]:
+    """The same training on ranks that are threads."""
+    schedule = replace(schedule, deterministic=False)  # a setting of the process, not of a thread
     tasks = []
-    for rank in range(world_size):
-        worker = Worker(
-            rank=rank, world_size=world_size, micro_batch=micro_batch,
-            all_reduce=lambda tensor, rank=rank: all_reduce(rank, tensor),
-        )  # fmt: skip
+    for rank, all_reduce in enumerate(sums(world_size)):
+        worker = Worker(rank=rank, world_size=world_size, micro_batch=micro_batch, all_reduce=all_reduce)
         tasks.append((*a_task(quantizer, schedule, worker, dtype), worker))
 
     def work(rank: int) -> None:
@@ -181,6 +185,7 @@ def test_many_ranks_equal_one(
         assert furthest(one, many[0]) < limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_pieces_of_a_batch_equal_the_whole(quantizer: str) -> None:
     """Gradient accumulation, on one rank and on two, where 3 does not divide the share."""
@@ -211,22 +216,89 @@ def test_a_vqvae_overfits_a_few_pictures(quantizer: str) -> None:
     assert history[-1]["mse"] < 0.25 * history[0]["mse"]
 
 
-def test_a_prior_overfits_a_few_grids() -> None:
-    """Two grids told apart by their label: 0 bits remain, and not before the label is used."""
-    grids = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (2, 3, 5, 1)))
-    labels = torch.arange(16) % 2
+GRIDS = torch.from_numpy(np.random.default_rng(0).integers(0, 8, (2, 3, 5, 1)))
+PRIOR = PixelCNNConfig(channels=16, num_layers=2, first_kernel_size=3, head_channels=16)
+
+
+def prior_task(
+    validation: tuple[torch.Tensor, torch.Tensor], worker: Worker, config: PixelCNNConfig = PRIOR
+) -> PriorTraining:
     torch.manual_seed(0)
-    config = PixelCNNConfig(channels=16, num_layers=2, first_kernel_size=3, head_channels=16)
-    model = PixelCNN(config, TokenShape(height=3, width=5, num_groups=1, num_codes=8), 2)
+    model = PixelCNN(config, TokenShape(height=3, width=5, num_groups=validation[0].shape[3], num_codes=8), 2)
+    return PriorTraining(model, seed=0, precision="fp32", worker=worker, validation=validation)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_prior_overfits_a_few_grids(groups: int) -> None:
+    """Two grids told apart by their label: 0 bits remain, and not before the label is used."""
+    labels, grids = torch.arange(16) % 2, torch.cat([GRIDS, GRIDS.flip(0)], dim=3)[..., :groups]
     schedule = replace(SCHEDULE, steps=150, learning_rate=1e-2, log_every=50)
-    validation = grids[..., 0], labels[:2]
-    task = PriorTraining(model, precision="fp32", worker=Worker(), validation=validation)
-    batches = InMemory([grids[labels], labels], [16], schedule)
-    history = train(task, batches, schedule, Worker(), "run")
+    task = prior_task((grids, labels[:2]), Worker())
+    history = train(task, InMemory([grids[labels], labels], [16], schedule), schedule, Worker(), "run")
     assert history[-1]["validation_bits_per_token"] < 0.1
-    swapped = (validation[0], validation[1].flip(0))
-    task = PriorTraining(model, precision="fp32", worker=Worker(), validation=swapped)
-    assert task.validate()["validation_bits_per_token"] > 0.5
+    bits_per_dim = history[-1]["validation_bits_per_token"] * groups / (3 * 4 * 4)
+    assert history[-1]["validation_latent_bits_per_dim"] == pytest.approx(bits_per_dim)
+    swapped = PriorTraining(
+        task.model, seed=0, precision="fp32", worker=Worker(), validation=(grids, labels[:2].flip(0))
+    )
+    assert swapped.validate()["validation_bits_per_token"] > 0.5
+
+
+def test_training_stops_where_validation_gets_no_better(tmp_path: Path) -> None:
+    """Labels that are wrong in validation: the first validations are the best. All ranks stop at the same step, and a
+    run that had stopped stays so."""
+    labels = torch.arange(16) % 2
+    schedule = replace(SCHEDULE, steps=90, learning_rate=1e-2, validate_every=3, patience=4)
+    said: list[str] = []
+    folder = StateFolder(Folder.of(tmp_path), "run")
+
+    def start(rank: int, worker: Worker, resume: TrainingState | None = None) -> list[dict[str, float]]:
+        task = prior_task((GRIDS, labels[:2].flip(0)), worker)
+        batches = InMemory([GRIDS[labels], labels], [16], schedule, rank=rank, world_size=worker.world_size)
+        return train(task, batches, schedule, worker, "run", resume)
+
+    worker = Worker(save=lambda state, best: folder.write(state), warn=said.append)
+    history = start(0, worker)
+    best, last = best_step(history, prior_task((GRIDS, labels[:2]), worker)), int(history[-1]["step"])
+    assert best is not None and last == best + 4 * 3 < 90
+    assert said == [f"stopped at step {last}, since no validation was better than that of step {best}"]
+    state = folder.load(last)
+    assert state is not None and start(0, worker, state) == history
+    assert start(0, worker, folder.load(best)) == history
+
+    workers = [
+        Worker(rank=rank, world_size=2, all_reduce=all_reduce, warn=lambda line: None)
+        for rank, all_reduce in enumerate(sums(2))
+    ]
+    tasks = [prior_task((GRIDS, labels[:2].flip(0)), worker) for worker in workers]
+    plain = replace(schedule, deterministic=False)
+
+    def work(rank: int) -> int:
+        batches = InMemory([GRIDS[labels], labels], [16], plain, rank=rank, world_size=2)
+        return int(train(tasks[rank], batches, plain, workers[rank], "run")[-1]["step"])
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = [*pool.map(work, range(2))]
+    assert ends[0] == ends[1] < 90
+
+
+def test_labels_are_left_out_by_their_place_in_the_global_batch() -> None:
+    whole = left_out(0.3, Piece(0, 1000), 1000, 7)
+    assert 250 < int(whole.sum()) < 350
+    parts = [left_out(0.3, Piece(first, 1000), 125, 7) for first in range(0, 1000, 125)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(left_out(0.3, Piece(0, 1000), 1000, 8), whole)
+
+
+def test_a_prior_without_some_labels_learns_both() -> None:
+    """With labels 0 bits remain; without, the one bit that tells the two grids apart, over 15 tokens."""
+    labels = torch.arange(16) % 2
+    schedule = replace(SCHEDULE, steps=300, learning_rate=1e-2, log_every=50)
+    task = prior_task((GRIDS, labels[:2]), Worker(), replace(PRIOR, num_layers=4, label_dropout=0.5))
+    train(task, InMemory([GRIDS[labels], labels], [16], schedule), schedule, Worker(), "run")
+    assert task.validate()["validation_bits_per_token"] < 0.02
+    without = bits_per_token(task.model.eval(), GRIDS, torch.full((2,), -1), "fp32")
+    assert 0.9 / 15 < without < 1.5 / 15
 
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
