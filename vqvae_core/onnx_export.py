@@ -1,0 +1,73 @@
+"""A VQ-VAE's encoder and decoder as ONNX files, for programs without torch. Needs the package onnxscript.
+
+Both take any batch, and pictures of any size that is a multiple of the model's stride.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vqvae_core.errors import InputError
+from vqvae_core.images import images_to_pixels, pixels_to_images
+from vqvae_core.quantizer import VectorQuantizer
+from vqvae_core.vqvae import STRIDE, VQVAE
+
+
+class _Encoder(nn.Module):
+    """Pixels, uint8 (B, H, W, 3), to tokens, int64 (B, H/4, W/4)."""
+
+    def __init__(self, model: VQVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        latents, quantizer = self.model.encoder(pixels_to_images(pixels)), self.model.quantizer
+        if not isinstance(quantizer, VectorQuantizer):
+            return quantizer(latents).tokens
+        # All distances at once: chunks of them are a matter of torch's memory, and loops no matter of a graph.
+        rows, table = quantizer.compared(latents), quantizer.codes()
+        centre = table.mean(dim=0)
+        codes = table - centre
+        tokens = (0.5 * codes.square().sum(dim=1) - (rows - centre) @ codes.T).argmin(dim=1)
+        return tokens.view(latents.shape[0], latents.shape[2], latents.shape[3])
+
+
+class _Decoder(nn.Module):
+    """Tokens, int64 (B, H/4, W/4), to pixels, uint8 (B, H, W, 3)."""
+
+    def __init__(self, model: VQVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return images_to_pixels(self.model.decoder(self.model.quantizer.codes_of(tokens)))
+
+
+def export(model: VQVAE) -> dict[str, bytes]:
+    """`encoder.onnx` (pixels to tokens) and `decoder.onnx` (tokens to pixels). Raises `InputError` where a package
+    for it is missing."""
+    sides = {number: torch.export.Dim(f"sites_{number}", min=2) for number in (1, 2)}
+    batch = torch.export.Dim("batch", min=1)
+    pixels = torch.zeros(2, 8 * STRIDE, 6 * STRIDE, 3, dtype=torch.uint8)
+    tokens = torch.zeros(2, 8, 6, dtype=torch.int64)
+    whole = {number: STRIDE * side for number, side in sides.items()}
+    return {
+        "encoder.onnx": _exported(_Encoder(model), "pixels", pixels, "tokens", {0: batch, **whole}),
+        "decoder.onnx": _exported(_Decoder(model), "tokens", tokens, "pixels", {0: batch, **sides}),
+    }
+
+
+def _exported(module: nn.Module, name: str, example: Tensor, output: str, shapes: dict[int, Any]) -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "model.onnx"
+        try:
+            torch.onnx.export(
+                module.eval(), (example,), str(path), input_names=[name], output_names=[output],
+                dynamic_shapes=(shapes,), dynamo=True, external_data=False, verbose=False,
+            )  # fmt: skip
+        except ImportError as error:
+            raise InputError(f"expected the packages of pip install '.[onnx]', {error.name} is missing") from error
+        return path.read_bytes()
