@@ -3,6 +3,7 @@
 Both take any batch, and pictures of any size that is a multiple of the model's stride.
 """
 
+import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class _Decoder(nn.Module):
 def export(model: VQVAE) -> dict[str, bytes]:
     """`encoder.onnx` (pixels to tokens) and `decoder.onnx` (tokens to pixels). Raises `InputError` where a package
     for it is missing."""
+    try:
+        importlib.import_module("onnxscript")  # torch looks for it late, and only once
+    except ImportError as error:
+        raise InputError(f"expected the packages of pip install '.[onnx]', {error.name} is missing") from error
     sides = {number: torch.export.Dim(f"sites_{number}", min=2) for number in (1, 2)}
     batch = torch.export.Dim("batch", min=1)
     pixels = torch.zeros(2, 8 * STRIDE, 6 * STRIDE, 3, dtype=torch.uint8)
@@ -63,11 +68,8 @@ def export(model: VQVAE) -> dict[str, bytes]:
 def _exported(module: nn.Module, name: str, example: Tensor, output: str, shapes: dict[int, Any]) -> bytes:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "model.onnx"
-        try:
-            torch.onnx.export(
-                module.eval(), (example,), str(path), input_names=[name], output_names=[output],
-                dynamic_shapes=(shapes,), dynamo=True, external_data=False, verbose=False,
-            )  # fmt: skip
-        except ImportError as error:
-            raise InputError(f"expected the packages of pip install '.[onnx]', {error.name} is missing") from error
+        torch.onnx.export(
+            module.eval(), (example,), str(path), input_names=[name], output_names=[output],
+            dynamic_shapes=(shapes,), dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
         return path.read_bytes()
