@@ -120,7 +120,8 @@ def compare(height: int, width: int, batch: int, rounds: int) -> dict[str, Any]:
 def live_bytes() -> int:
     """Of all tensors that live, each place in memory once."""
     gc.collect()
-    storages = [one.untyped_storage() for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+    kinds = (torch.Tensor, nn.Parameter)  # no others, which may have no memory
+    storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in kinds]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

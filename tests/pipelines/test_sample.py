@@ -145,7 +145,7 @@ def test_the_program(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
     Image.fromarray(pixels).save(picture)
     command = ["--model", str(prior), "--class", "night", "--num", "5", "--temperature", "0.95", "--output", "npz",
-               "--complete", str(picture), "--keep", "0.5", "--top-k", "9", "--batch-size", "2"]  # fmt: skip
+               "--complete", str(picture), "--keep", "0.5", "--top-k", "9", "--batch-size", "8"]  # fmt: skip
     result = program(*command)
     assert result.returncode == 0, result.stdout + result.stderr
     place = next(tmp_path.glob("sample-*"))
