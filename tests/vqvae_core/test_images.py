@@ -61,6 +61,7 @@ def sizes_hash() -> str:
     return found.hexdigest()
 
 
+@pytest.mark.slow
 def test_a_machine_without_vector_instructions_makes_the_same_pixels() -> None:
     command = "from tests.vqvae_core.test_images import sizes_hash; print(sizes_hash())"
     for capability in ("default", "avx2"):

@@ -189,6 +189,7 @@ def test_a_sampler_keeps_the_weights_that_it_was_made_with() -> None:
         copy.deepcopy(sampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [

@@ -209,6 +209,7 @@ def test_golden_curve() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_a_vqvae_overfits_a_few_pictures(quantizer: str) -> None:
     schedule = replace(SCHEDULE, steps=400, learning_rate=1e-2, log_every=50, validate_every=400)
