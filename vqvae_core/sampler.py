@@ -164,7 +164,7 @@ class _Gate:
             torch.addcmul(value, value, switch, out=out)
 
 
-# tanh(a) = 2 sigmoid(2 a) - 1: on a CPU 4 times as fast as tanh itself. It loses digits near 0, which bf16 has not.
+# tanh(a) = 2 sigmoid(2 a) - 1: on a CPU 4 to 6 times as fast as tanh. It loses digits near 0, which bf16 has not.
 _BY_SIGMOID = _Gate(value=2.0, switch=1.0, output=-1.0)
 # sigmoid(b) = (1 + tanh(b / 2)) / 2.
 _BY_TANH = _Gate(value=1.0, switch=0.5, output=2.0)
