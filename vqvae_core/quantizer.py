@@ -203,8 +203,7 @@ class VectorQuantizer(Quantizer):
         counts = super().statistics(quantized)
         if self.config.learn_by == "loss":
             return counts
-        sums = torch.zeros_like(self.sums).index_add_(0, quantized.tokens.reshape(-1), quantized.rows)
-        return [*counts, sums]
+        return [*counts, sums_by_code(quantized.rows, quantized.tokens.reshape(-1), self.config.num_codes)]
 
     @torch.no_grad()
     def learn(self, statistics: list[Tensor]) -> None:
@@ -252,6 +251,19 @@ class VectorQuantizer(Quantizer):
             vectors = points[order.repeat(-(-self.config.num_codes // len(order)))[: self.config.num_codes]]
         self.place(torch.arange(self.config.num_codes, device=self.table.device), vectors.to(self.table.device))
         self.placed.fill_(True)
+
+
+def sums_by_code(rows: Float[Tensor, "n d"], tokens: Int[Tensor, "n"], num_codes: int) -> Float[Tensor, "k d"]:
+    """Sums (K, D) of the latents (N, D) that chose each code; the same bits each time with deterministic algorithms."""
+    if rows.device.type == "cpu":
+        return rows.new_zeros(num_codes, rows.shape[1]).index_add_(0, tokens, rows)
+    return sums_by_gradient(rows, tokens, num_codes)
+
+
+def sums_by_gradient(rows: Tensor, tokens: Tensor, num_codes: int) -> Tensor:
+    """The same as the gradient of a lookup, which sorts first. A GPU's deterministic index_add_ takes one latent after
+    the other, which was five sixths of a step of training."""
+    return torch.ops.aten.embedding_dense_backward(rows, tokens, num_codes, -1, False)
 
 
 def rotated(rows: Float[Tensor, "n d"], codes: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

@@ -12,6 +12,8 @@ from vqvae_core.quantizer import (
     VectorQuantizer,
     make_quantizer,
     rotated,
+    sums_by_code,
+    sums_by_gradient,
 )
 
 
@@ -110,6 +112,26 @@ def test_eval_freezes_the_table() -> None:
 def test_the_state_of_moving_averages_is_in_the_state_dict() -> None:
     names = set(VectorQuantizer(QuantizerConfig()).state_dict())
     assert names == {"table", "counts", "sums", "hits", "epoch_hits", "last_epoch_hits", "placed"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_sums_by_code_are_those_of_numpy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    tokens, rows = torch.randint(5, 12, (5000,)), torch.randn(5000, 3, dtype=torch.float64)
+    expected = np.zeros((14, 3))
+    np.add.at(expected, tokens.numpy(), rows.numpy())
+    where = rows.to(device), tokens.to(device), 14
+    for found in (sums_by_code(*where), sums_by_gradient(*where)):
+        np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=0, atol=1e-11)
+    single = where[0].float()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        again = [sums_by_code(single, *where[1:]) for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(found, again[0]) for found in again)
 
 
 def test_a_revived_code_loses_its_statistics() -> None:
