@@ -106,8 +106,8 @@ def _model(named: str | None, home: Folder, table: TokenTable) -> Artifact:
 
 @torch.no_grad()
 def decode_tokens(model: VQVAE, tokens: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, 3) pictures of tokens (N, H, W, 1)."""
-    values: Any = torch.from_numpy(tokens[..., 0].astype(np.int64))
+    """uint8 (N, H, W, 3) pictures of tokens (N, H, W, G)."""
+    values: Any = torch.from_numpy((tokens[..., 0] if tokens.shape[3] == 1 else tokens).astype(np.int64))
     return torch.cat([model.decode(batch) for batch in values.split(_BATCH)]).numpy()
 
 

@@ -359,7 +359,7 @@ def _completion(paths: list[str], keep: float, vqvae: Artifact) -> Completion:
             raise InputError(f"expected a picture at {path}, but it {error}") from error
     tokens = encoded(VQVAE.of(vqvae), torch.from_numpy(np.stack(pictures)))
     rows = min(tokens.shape[1] - 1, max(1, round(keep * tokens.shape[1])))
-    return Completion(tokens=tokens[..., None].tolist(), rows=rows)
+    return Completion(tokens=tokens.reshape(*tokens.shape[:3], -1).tolist(), rows=rows)
 
 
 def _of_the_pipeline(arguments: list[str]) -> bool:

@@ -64,7 +64,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
     files = [FileEntry(**record["file"]) for record in space.records(names)]
     sites = model.facts["image_size"] // STRIDE
     facts = {
-        "shape": {"H": sites, "W": sites, "G": 1, "K": model.facts["K"]},
+        "shape": {"H": sites, "W": sites, "G": model.facts.get("G", 1), "K": model.facts["K"]},
         "model": model.manifest.fingerprint,
         "precision": model.facts["precision"],
         "splits": images.artifact.facts["splits"],
@@ -133,11 +133,13 @@ class Encoder:
         model = self._load(job)
         pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(json.loads(row["shape"]))
         pixels = centre_crop(pixels, self._size)  # of images that are stored larger than the model takes them
-        tokens = encoded(model, pixels).numpy()[..., None]
+        groups = model.config.quantizer.num_groups
+        tokens = encoded(model, pixels).numpy()
+        tokens = tokens.reshape(*tokens.shape[:3], groups)
         shape = TokenShape(
             height=tokens.shape[1],
             width=tokens.shape[2],
-            num_groups=1,
+            num_groups=groups,
             num_codes=model.config.quantizer.num_codes,
         )
         data = write_parquet(json.loads(row["keys"]), json.loads(row["labels"]), tokens, shape, self._fingerprint)
@@ -149,8 +151,8 @@ class Encoder:
 
 
 def encoded(model: VQVAE, pixels: torch.Tensor) -> torch.Tensor:
-    """Tokens, int64 (N, H/4, W/4), of pixels, uint8 (N, H, W, 3): the same for an image however many others there are,
-    since the last batch is filled up."""
+    """Tokens, int64 (N, H/4, W/4) or (N, H/4, W/4, G), of pixels, uint8 (N, H, W, 3): the same for an image however many
+    others there are, since the last batch is filled up."""
     found = []
     for start in range(0, len(pixels), _BATCH):
         batch = pixels[start : start + _BATCH]

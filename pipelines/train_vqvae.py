@@ -34,7 +34,7 @@ from vqvae_core.vqvae import KIND, STRIDE, VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining, comparison, evaluate, shrunken_psnr_db
 from vqvae_core.weight_average import load_weights
 
-VERSION = 2
+VERSION = 3
 RECONSTRUCTIONS = "reconstructions.png"
 _VALIDATION_IMAGES = 256  # for the curves; the final figures are over the whole split
 _BITS_PER_RGB_PIXEL = 24
@@ -43,7 +43,7 @@ _BITS_PER_RGB_PIXEL = 24
 def train_vqvae(pipeline: Pipeline, config: PipelineConfig, images: ImageShards) -> Artifact:
     """The VQ-VAE of image shards; the config is resolved: its precision is not auto.
 
-    Facts: K, D, image_size, precision, and its figures on the validation split.
+    Facts: K, D, G, image_size, precision, and its figures on the validation split.
     """
     config.augment.size(images.size)
     schedule = config.train
@@ -175,10 +175,12 @@ def _finish(
     figures = evaluate(model, pixels, schedule.precision, worker.device)
     sites = loader.size // STRIDE
     num_codes = model.config.quantizer.num_codes
-    same_bits_side = max(1, round((sites * sites * np.log2(num_codes) / _BITS_PER_RGB_PIXEL) ** 0.5))
+    num_bits = sites * sites * model.config.quantizer.num_groups * np.log2(num_codes)
+    same_bits_side = max(1, round((num_bits / _BITS_PER_RGB_PIXEL) ** 0.5))
     facts = {
         "K": num_codes,
         "D": model.config.quantizer.code_dim,
+        "G": model.config.quantizer.num_groups,
         "image_size": loader.size,
         "precision": schedule.precision,
         "best_step": best,

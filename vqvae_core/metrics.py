@@ -42,6 +42,11 @@ def perplexity(counts: Tensor | np.ndarray) -> float:
     return 2.0 ** entropy_bits(counts)
 
 
+def mean_perplexity(counts: Tensor) -> float:
+    """Perplexity of each of some tables, counts (G, K), and their mean."""
+    return sum(perplexity(table) for table in counts) / len(counts)
+
+
 def usage(counts: Tensor | np.ndarray) -> float:
     """Share of the codes that occur at all."""
     counts = torch.as_tensor(counts)

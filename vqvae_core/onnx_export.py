@@ -18,7 +18,7 @@ from vqvae_core.vqvae import STRIDE, VQVAE
 
 
 class _Encoder(nn.Module):
-    """Pixels, uint8 (B, H, W, 3), to tokens, int64 (B, H/4, W/4)."""
+    """Pixels, uint8 (B, H, W, 3), to tokens, int64 (B, H/4, W/4), or (B, H/4, W/4, G)."""
 
     def __init__(self, model: VQVAE) -> None:
         super().__init__()
@@ -26,25 +26,33 @@ class _Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         latents, quantizer = self.model.encoder(pixels_to_images(pixels)), self.model.quantizer
-        if not isinstance(quantizer, VectorQuantizer):
+        tables = quantizer.tables()
+        if not tables:
             return quantizer(latents).tokens
-        # All distances at once: chunks of them are a matter of torch's memory, and loops no matter of a graph.
-        rows, table = quantizer.compared(latents), quantizer.codes()
-        centre = table.mean(dim=0)
-        codes = table - centre
-        tokens = (0.5 * codes.square().sum(dim=1) - (rows - centre) @ codes.T).argmin(dim=1)
-        return tokens.view(latents.shape[0], latents.shape[2], latents.shape[3])
+        parts = zip(tables, latents.chunk(len(tables), dim=1), strict=True)
+        tokens = [_nearest(table, part) for table, part in parts]
+        return tokens[0] if len(tokens) == 1 else torch.stack(tokens, dim=3)
+
+
+def _nearest(quantizer: VectorQuantizer, latents: Tensor) -> Tensor:
+    """All distances at once: chunks of them are a matter of torch's memory, and loops no matter of a graph."""
+    rows, table = quantizer.compared(latents), quantizer.codes()
+    centre = table.mean(dim=0)
+    codes = table - centre
+    tokens = (0.5 * codes.square().sum(dim=1) - (rows - centre) @ codes.T).argmin(dim=1)
+    return tokens.view(latents.shape[0], latents.shape[2], latents.shape[3])
 
 
 class _Decoder(nn.Module):
-    """Tokens, int64 (B, H/4, W/4), to pixels, uint8 (B, H, W, 3)."""
+    """Tokens, int64 (B, H/4, W/4), or (B, H/4, W/4, G), to pixels, uint8 (B, H, W, 3)."""
 
     def __init__(self, model: VQVAE) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return images_to_pixels(self.model.decoder(self.model.quantizer.codes_of(tokens)))
+        output = self.model.decoder(self.model.quantizer.codes_of(tokens))
+        return images_to_pixels(self.model.likelihood.mean(output))
 
 
 def export(model: VQVAE) -> dict[str, bytes]:
@@ -57,7 +65,8 @@ def export(model: VQVAE) -> dict[str, bytes]:
     sides = {number: torch.export.Dim(f"sites_{number}", min=2) for number in (1, 2)}
     batch = torch.export.Dim("batch", min=1)
     pixels = torch.zeros(2, 8 * STRIDE, 6 * STRIDE, 3, dtype=torch.uint8)
-    tokens = torch.zeros(2, 8, 6, dtype=torch.int64)
+    groups = model.config.quantizer.num_groups
+    tokens = torch.zeros((2, 8, 6) if groups == 1 else (2, 8, 6, groups), dtype=torch.int64)
     whole = {number: STRIDE * side for number, side in sides.items()}
     return {
         "encoder.onnx": _exported(_Encoder(model), "pixels", pixels, "tokens", {0: batch, **whole}),

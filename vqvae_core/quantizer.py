@@ -3,13 +3,15 @@
 arXiv:1711.00937, section 3. An fp32 island: autocast is off in here, so that training and tokenizing find the same
 codes whatever the precision around it.
 
+Where a site has several codes, each has a table of its own: the latent is cut into as many equal parts.
+
 All quantizers have one interface, `Quantizer`. A step of training is: `forward` on each rank, which changes nothing;
 `statistics` of what it found; their sum over all ranks; `learn` from that sum, the same on every rank.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,6 +35,8 @@ class QuantizerConfig:
     """K, the size of the table. With levels it follows from them."""
     code_dim: int = 64
     """D, the length of a code. With levels it follows from them."""
+    num_groups: int = 1
+    """G, the codes of a site, each with a table of its own and D channels of the latent."""
     levels: tuple[int, ...] = ()
     """FSQ (arXiv:2309.15505) instead of a table: how many values each channel of a code takes, such as 8 8 8."""
     learn_by: Literal["loss", "moving_average"] = "loss"
@@ -58,6 +62,8 @@ class QuantizerConfig:
             raise ValueError(f"num_codes must be 1 to 65536 (tokens are stored as uint16), was {self.num_codes}")
         if self.code_dim < 1:
             raise ValueError(f"code_dim must be at least 1, was {self.code_dim}")
+        if self.num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, was {self.num_groups}")
         if not 0 < self.decay < 1:
             raise ValueError(f"decay must lie between 0 and 1, was {self.decay}")
         if self.revive_every < 0:
@@ -74,15 +80,23 @@ class QuantizerConfig:
             raise ValueError(
                 "levels (FSQ) leave no table to learn: leave out learn_by, gradient, normalize and revive_every"
             )
+        if self.num_groups != 1:
+            raise ValueError(f"levels (FSQ) make one code a site: num_groups must be 1, was {self.num_groups}")
         object.__setattr__(self, "num_codes", math.prod(self.levels))
         object.__setattr__(self, "code_dim", len(self.levels))
+
+    @property
+    def channels(self) -> int:
+        """Of a latent: G times D."""
+        return self.num_groups * self.code_dim
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """codes: z_q with the gradient for the encoder, (B, D, H, W); tokens: (B, H, W); rows: the latents as they were
-    compared with the codes, (B*H*W, D), without gradient; the two squared distances are sums over D, means over the
-    B*H*W latents: the second and the third term of eq. 3 (beta not yet applied)."""
+    """codes: z_q with the gradient for the encoder, (B, G*D, H, W); tokens: (B, H, W), or (B, H, W, G) where a site has
+    several; rows: the latents as they were compared with the codes, (B*H*W, G*D), without gradient; the two squared
+    distances are sums over D, means over the B*H*W*G latents: the second and the third term of eq. 3 (beta not yet
+    applied)."""
 
     codes: Tensor
     tokens: Tensor
@@ -97,46 +111,45 @@ class Quantizer(nn.Module, ABC):
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))  # since the last revival
-        self.epoch_hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))  # since the epoch began
-        self.last_epoch_hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))
 
     @abstractmethod
     def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
-        """latents: z_e (B, D, H, W). It changes nothing: `learn` does."""
+        """latents: z_e (B, G*D, H, W). It changes nothing: `learn` does."""
 
-    def lookup(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
-        """Codes (B, D, H, W) of tokens (B, H, W). Raises `InputError` for a token that is not in the table."""
+    def lookup(self, tokens: Int[Tensor, "b h w *g"]) -> Float[Tensor, "b d h w"]:
+        """Codes (B, G*D, H, W) of tokens (B, H, W), or (B, H, W, G). Raises `InputError` for a token that is not in the
+        table."""
         self._check(tokens)
         return self.codes_of(tokens)
 
     @abstractmethod
-    def codes_of(self, tokens: Int[Tensor, "b h w"]) -> Float[Tensor, "b d h w"]:
+    def codes_of(self, tokens: Int[Tensor, "b h w *g"]) -> Float[Tensor, "b d h w"]:
         """The same, without a look at the tokens."""
 
-    @property
     @abstractmethod
+    def tables(self) -> "list[VectorQuantizer]":
+        """The tables that learn, one a group; none where the codes are a fixed grid."""
+
+    @property
     def started(self) -> bool:
         """The codes have their first places."""
+        return all(bool(table.placed) for table in self.tables())
 
+    @abstractmethod
     def statistics(self, quantized: Quantized) -> list[Tensor]:
-        """What one rank adds to the sum over ranks: first of all counts (K,) of the latents that chose each code."""
-        counts = torch.bincount(quantized.tokens.reshape(-1), minlength=self.config.num_codes)
-        return [counts.to(quantized.rows.dtype)]
+        """What one rank adds to the sum over ranks."""
 
-    @torch.no_grad()
+    @abstractmethod
     def learn(self, statistics: list[Tensor]) -> None:
         """One step, from statistics that are already summed over all ranks. In eval it does nothing."""
-        if self.training:
-            counts = statistics[0].round().to(torch.int64)
-            self.hits += counts
-            self.epoch_hits += counts
 
-    @torch.no_grad()
+    @abstractmethod
     def end_epoch(self) -> None:
         """Keep the epoch's counts, and begin to count another."""
-        self.last_epoch_hits.copy_(self.epoch_hits)
-        self.epoch_hits.zero_()
+
+    @abstractmethod
+    def epoch_counts(self) -> Int[Tensor, "g k"]:
+        """How often each code was chosen in the last whole epoch, (G, K)."""
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.config.num_codes):
@@ -146,12 +159,44 @@ class Quantizer(nn.Module, ABC):
             )
 
 
+class _Counted(Quantizer):
+    """A quantizer with one code a site, which counts its choices."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__(config)
+        self.hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))  # since the last revival
+        self.epoch_hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))  # since the epoch began
+        self.last_epoch_hits = nn.Buffer(torch.zeros(config.num_codes, dtype=torch.int64))
+
+    def statistics(self, quantized: Quantized) -> list[Tensor]:
+        """First of all counts (K,) of the latents that chose each code."""
+        counts = torch.bincount(quantized.tokens.reshape(-1), minlength=self.config.num_codes)
+        return [counts.to(quantized.rows.dtype)]
+
+    @torch.no_grad()
+    def learn(self, statistics: list[Tensor]) -> None:
+        if self.training:
+            counts = statistics[0].round().to(torch.int64)
+            self.hits += counts
+            self.epoch_hits += counts
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        self.last_epoch_hits.copy_(self.epoch_hits)
+        self.epoch_hits.zero_()
+
+    def epoch_counts(self) -> Int[Tensor, "g k"]:
+        return self.last_epoch_hits[None]
+
+
 def make_quantizer(config: QuantizerConfig) -> Quantizer:
     """The quantizer of a config."""
-    return FiniteScalarQuantizer(config) if config.levels else VectorQuantizer(config)
+    if config.levels:
+        return FiniteScalarQuantizer(config)
+    return VectorQuantizer(config) if config.num_groups == 1 else GroupedQuantizer(config)
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(_Counted):
     """A table of codes, with its statistics as buffers."""
 
     def __init__(self, config: QuantizerConfig) -> None:
@@ -164,9 +209,8 @@ class VectorQuantizer(Quantizer):
         self.sums = nn.Buffer(table.clone())  # which lies on the code: no debias is needed
         self.placed = nn.Buffer(torch.tensor(config.init == "uniform"))
 
-    @property
-    def started(self) -> bool:
-        return bool(self.placed)
+    def tables(self) -> "list[VectorQuantizer]":
+        return [self]
 
     def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
@@ -253,6 +297,51 @@ class VectorQuantizer(Quantizer):
         self.placed.fill_(True)
 
 
+class GroupedQuantizer(Quantizer):
+    """G codes a site, each out of a table of its own that sees its D channels of the latent."""
+
+    def __init__(self, config: QuantizerConfig) -> None:
+        super().__init__(config)
+        one = replace(config, num_groups=1)
+        self.groups = nn.ModuleList(VectorQuantizer(one) for _ in range(config.num_groups))
+
+    def tables(self) -> list[VectorQuantizer]:
+        return list(self.groups)  # type: ignore[arg-type]
+
+    def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
+        parts = latents.chunk(self.config.num_groups, dim=1)
+        found = [table(part) for table, part in zip(self.tables(), parts, strict=True)]
+        return Quantized(
+            torch.cat([one.codes for one in found], dim=1),
+            torch.stack([one.tokens for one in found], dim=3),
+            torch.cat([one.rows for one in found], dim=1),
+            torch.stack([one.table_loss for one in found]).mean(),
+            torch.stack([one.commitment for one in found]).mean(),
+        )
+
+    def codes_of(self, tokens: Int[Tensor, "b h w *g"]) -> Float[Tensor, "b d h w"]:
+        groups = zip(self.tables(), tokens.unbind(dim=3), strict=True)
+        return torch.cat([table.codes_of(chosen) for table, chosen in groups], dim=1)
+
+    def statistics(self, quantized: Quantized) -> list[Tensor]:
+        rows, tokens = quantized.rows.chunk(self.config.num_groups, dim=1), quantized.tokens.unbind(dim=3)
+        parts = zip(self.tables(), rows, tokens, strict=True)
+        return [value for table, row, token in parts
+                for value in table.statistics(replace(quantized, rows=row, tokens=token))]  # fmt: skip
+
+    def learn(self, statistics: list[Tensor]) -> None:
+        each = len(statistics) // self.config.num_groups
+        for number, table in enumerate(self.tables()):
+            table.learn(statistics[number * each : (number + 1) * each])
+
+    def end_epoch(self) -> None:
+        for table in self.tables():
+            table.end_epoch()
+
+    def epoch_counts(self) -> Int[Tensor, "g k"]:
+        return torch.cat([table.epoch_counts() for table in self.tables()])
+
+
 def sums_by_code(rows: Float[Tensor, "n d"], tokens: Int[Tensor, "n"], num_codes: int) -> Float[Tensor, "k d"]:
     """Sums (K, D) of the latents (N, D) that chose each code; the same bits each time with deterministic algorithms."""
     if rows.device.type == "cpu":
@@ -285,7 +374,7 @@ def rotated(rows: Float[Tensor, "n d"], codes: Float[Tensor, "n d"]) -> Float[Te
     return torch.where(defined, turned, rows)
 
 
-class FiniteScalarQuantizer(Quantizer):
+class FiniteScalarQuantizer(_Counted):
     """FSQ (arXiv:2309.15505): each channel is bounded and rounded to one of its levels. Nothing is learned.
 
     A code has its values in [-1, 1]; its token counts through them, the first channel fastest.
@@ -298,9 +387,8 @@ class FiniteScalarQuantizer(Quantizer):
         self._levels = nn.Buffer(levels, persistent=False)
         self._steps = nn.Buffer(steps, persistent=False)
 
-    @property
-    def started(self) -> bool:
-        return True
+    def tables(self) -> list[VectorQuantizer]:
+        return []
 
     def forward(self, latents: Float[Tensor, "b d h w"]) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):

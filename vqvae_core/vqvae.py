@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from vqvae_core.artifacts import Artifact
 from vqvae_core.checkpoint import config_from_json, load_model
 from vqvae_core.images import images_to_pixels, pixels_to_images
-from vqvae_core.likelihood import gaussian_nll_nats
-from vqvae_core.quantizer import Quantized, QuantizerConfig, make_quantizer
+from vqvae_core.likelihood import LikelihoodConfig, make_likelihood, no_autocast
+from vqvae_core.quantizer import Quantized, QuantizerConfig, at_least_fp32, make_quantizer
 from vqvae_core.shapes import Float, Int, UInt8
 from vqvae_core.storage import Folder
 
@@ -36,7 +36,9 @@ class VQVAEConfig:
     commitment_cost: float = 0.25
     """beta of eq. 3, for a commitment that is a sum over D and a mean over the latents."""
     sigma: float = 1.0
-    """Width of the Gaussian likelihood, for images in [-1, 1]; the log-likelihood is a sum over pixels."""
+    """Width of a Gaussian likelihood, for images in [-1, 1]; the log-likelihood is a sum over pixels."""
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
+    """p(x | z)."""
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     """The table of codes."""
 
@@ -67,16 +69,16 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to latents z_e (B, D, H/4, W/4)."""
+    """Images (B, 3, H, W) to latents z_e (B, G*D, H/4, W/4), or to so many channels of another latent."""
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig, latent_channels: int | None = None) -> None:
         super().__init__()
         hidden = config.hidden_channels
         stem = config.stem_channels or hidden
         self.conv_in = nn.Conv2d(3, stem, 4, stride=2, padding=1)
         self.conv_down = nn.Conv2d(stem, hidden, 4, stride=2, padding=1)
         self.blocks = nn.Sequential(*_blocks(config))
-        self.project = nn.Conv2d(hidden, config.quantizer.code_dim, 1)
+        self.project = nn.Conv2d(hidden, latent_channels or config.quantizer.channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv_down(F.relu(self.conv_in(images)))
@@ -84,20 +86,26 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes z_q (B, D, H/4, W/4) to the mean of images (B, 3, H, W)."""
+    """Codes z_q (B, G*D, H/4, W/4), or another latent of so many channels, to what the likelihood of images takes,
+    (B, C, H, W)."""
 
-    def __init__(self, config: VQVAEConfig) -> None:
+    def __init__(self, config: VQVAEConfig, latent_channels: int | None = None) -> None:
         super().__init__()
         hidden = config.hidden_channels
         stem = config.stem_channels or hidden
-        self.expand = nn.Conv2d(config.quantizer.code_dim, hidden, 3, padding=1)
+        likelihood = make_likelihood(config.likelihood, config.sigma)
+        self._has_bits = likelihood.has_bits
+        self.expand = nn.Conv2d(latent_channels or config.quantizer.channels, hidden, 3, padding=1)
         self.blocks = nn.Sequential(*_blocks(config))
         self.conv_up = nn.ConvTranspose2d(hidden, stem, 4, stride=2, padding=1)
-        self.conv_out = nn.ConvTranspose2d(stem, 3, 4, stride=2, padding=1)
+        self.conv_out = nn.ConvTranspose2d(stem, likelihood.num_channels, 4, stride=2, padding=1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        x = self.blocks(self.expand(codes))
-        return self.conv_out(F.relu(self.conv_up(F.relu(x))))
+        x = F.relu(self.conv_up(F.relu(self.blocks(self.expand(codes)))))
+        if not self._has_bits:
+            return self.conv_out(x)
+        with no_autocast(x):  # means and scales of a bin in bf16 would be bins apart
+            return self.conv_out(at_least_fp32(x))
 
 
 def _blocks(config: VQVAEConfig) -> list[ResidualBlock]:
@@ -106,7 +114,8 @@ def _blocks(config: VQVAEConfig) -> list[ResidualBlock]:
 
 @dataclass(frozen=True)
 class VQVAEOutput:
-    """mean: (B, 3, H, W); quantized: codes, tokens and their two losses; the loss and its parts in nats an image."""
+    """mean: the expected images (B, 3, H, W); quantized: codes, tokens and their two losses; the loss and its parts in
+    nats an image."""
 
     mean: Tensor
     quantized: Quantized
@@ -125,6 +134,7 @@ class VQVAE(nn.Module):
         self.encoder = Encoder(config)
         self.quantizer = make_quantizer(config.quantizer)
         self.decoder = Decoder(config)
+        self.likelihood = make_likelihood(config.likelihood, config.sigma)
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> VQVAEOutput:
         """The loss of eq. 3. Scale: -log p(x|z) summed over pixels + the table's and beta times the commitment's
@@ -134,12 +144,18 @@ class VQVAE(nn.Module):
         part of the loss; with levels (FSQ) both are 0.
         """
         quantized = self.quantizer(self.encoder(images))
-        mean = self.decoder(quantized.codes)
-        nll = gaussian_nll_nats(mean, images, self.config.sigma).mean()
+        decoded = self.decoder(quantized.codes)
+        nll = self.likelihood.nll_nats(decoded, images).mean()
         loss = nll + self.config.commitment_cost * quantized.commitment
         if self.config.quantizer.learn_by == "loss":
             loss = loss + quantized.table_loss
-        return VQVAEOutput(mean, quantized, nll, loss)
+        return VQVAEOutput(self.likelihood.mean(decoded), quantized, nll, loss)
+
+    @torch.no_grad()
+    def nll_nats(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
+        """-log p(x | z_q(x)) of images (B, 3, H, W), in nats, (B,): what remains to be said beside the codes. Of a
+        density no bits can be made (`likelihood.has_bits`)."""
+        return self.likelihood.nll_nats(self.decoder(self.quantizer(self.encoder(images)).codes), images)
 
     @classmethod
     def load(cls, path: str, device: str = "cpu") -> "VQVAE":
@@ -166,14 +182,15 @@ class VQVAE(nn.Module):
         return self.encoder.conv_in.weight.dtype
 
     @torch.no_grad()
-    def encode(self, pixels: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b h4 w4"]:
-        """Tokens (B, H/4, W/4) of pixels, uint8 (B, H, W, 3)."""
+    def encode(self, pixels: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b h4 w4 *g"]:
+        """Tokens (B, H/4, W/4), or (B, H/4, W/4, G) where a site has several, of pixels, uint8 (B, H, W, 3)."""
         images = pixels_to_images(pixels.to(self.device)).to(self.dtype)
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.encodes_in_bf16 else contextlib.nullcontext()
         with bf16:
             return self.quantizer(self.encoder(images.contiguous(memory_format=torch.channels_last))).tokens
 
     @torch.no_grad()
-    def decode(self, tokens: Int[Tensor, "b h4 w4"]) -> UInt8[Tensor, "b h w 3"]:
-        """Pixels, uint8 (B, H, W, 3), of tokens (B, H/4, W/4)."""
-        return images_to_pixels(self.decoder(self.quantizer.lookup(tokens.to(self.device))))
+    def decode(self, tokens: Int[Tensor, "b h4 w4 *g"]) -> UInt8[Tensor, "b h w 3"]:
+        """Pixels, uint8 (B, H, W, 3), of tokens (B, H/4, W/4) or (B, H/4, W/4, G): the expected ones."""
+        codes = self.quantizer.lookup(tokens.to(self.device))
+        return images_to_pixels(self.likelihood.mean(self.decoder(codes)))

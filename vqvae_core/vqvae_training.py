@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vqvae_core.images import grid, images_to_pixels, pixels_to_images
-from vqvae_core.metrics import PooledPSNR, perplexity, usage
+from vqvae_core.images import grid, pixels_to_images
+from vqvae_core.metrics import PooledPSNR, mean_perplexity, usage
 from vqvae_core.order import mix
-from vqvae_core.quantizer import VectorQuantizer
+from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.train import Piece, StepOutput, Worker, to_device
 from vqvae_core.train_config import Precision
 from vqvae_core.vqvae import VQVAE
@@ -52,18 +52,21 @@ class VQVAETraining:
     def before_training(self, pieces: Sequence[tuple[Tensor, Piece]], worker: Worker) -> None:
         """Put the codes at latents of the first global batch."""
         quantizer = self.model.quantizer
-        if quantizer.started or not isinstance(quantizer, VectorQuantizer):
+        if quantizer.started:
             return
         count = _START_POINTS_PER_CODE * quantizer.config.num_codes
         total: Tensor | None = None
         for pixels, piece in pieces:
             with torch.no_grad(), self._autocast():
-                rows = quantizer.compared(self.model.encoder(self._images(pixels)))
+                rows = quantizer(self.model.encoder(self._images(pixels))).rows
             points = _drawn(rows, piece, len(pixels), count, mix(self._seed, 1))
             total = points if total is None else total + points
         assert total is not None
         worker.all_reduce(total)
-        quantizer.start(total, torch.Generator().manual_seed(self._seed))
+        tables = quantizer.tables()
+        for number, (table, part) in enumerate(zip(tables, total.chunk(len(tables), dim=1), strict=True)):
+            seed = mix(self._seed, 4, number) & (2**63 - 1) if number else self._seed
+            table.start(part, torch.Generator().manual_seed(seed))
 
     def _revives(self, step: int) -> bool:
         config = self.model.config.quantizer
@@ -92,11 +95,13 @@ class VQVAETraining:
         quantizer = self.model.quantizer
         revives = self._revives(step)
         quantizer.learn(statistics[:-1] if revives else statistics)
-        if revives and isinstance(quantizer, VectorQuantizer):
-            revived = quantizer.revive(statistics[-1])
-            for value in optimizer.state.get(quantizer.table, {}).values():
-                if value.shape == quantizer.table.shape:
-                    value[revived] = 0
+        if revives:
+            tables = quantizer.tables()
+            for table, candidates in zip(tables, statistics[-1].chunk(len(tables), dim=1), strict=True):
+                revived = table.revive(candidates)
+                for value in optimizer.state.get(table.table, {}).values():
+                    if value.shape == table.table.shape:
+                        value[revived] = 0
         if (step + 1) % self._steps_per_epoch == 0:
             quantizer.end_epoch()
 
@@ -104,8 +109,8 @@ class VQVAETraining:
         """Usage and perplexity of the codes over the whole of the last epoch, in the first point after its end."""
         if done // self._steps_per_epoch == since // self._steps_per_epoch:
             return {}
-        counts = self.model.quantizer.last_epoch_hits.cpu()
-        return {"epoch_usage": usage(counts), "epoch_perplexity": perplexity(counts)}
+        counts = self.model.quantizer.epoch_counts().cpu()
+        return {"epoch_usage": usage(counts), "epoch_perplexity": mean_perplexity(counts)}
 
     def validate(self) -> dict[str, float]:
         measured = evaluate(self.model, self._validation, self._precision, self._worker.device)
@@ -147,14 +152,14 @@ def comparison(model: VQVAE, pixels: Tensor, precision: Precision, device: str =
 def reconstruct(
     model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu", batch_size: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """Pixels, uint8 (N, H, W, 3), after the round trip, and their tokens (N, H/4, W/4)."""
+    """Pixels, uint8 (N, H, W, 3), after the round trip, and their tokens (N, H/4, W/4), or (N, H/4, W/4, G)."""
     pictures, tokens = [], []
     for start in range(0, len(pixels), batch_size):
         chunk = pixels[start : start + batch_size].to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             found = model.encode(chunk)
-            mean = model.decoder(model.quantizer.lookup(found))
-        pictures.append(images_to_pixels(mean).cpu())
+            made = model.decode(found)
+        pictures.append(made.cpu())
         tokens.append(found.cpu())
     return torch.cat(pictures), torch.cat(tokens)
 
@@ -164,8 +169,14 @@ def evaluate(model: VQVAE, pixels: Tensor, precision: Precision, device: str = "
     pictures, tokens = reconstruct(model, pixels, precision, device)
     psnr = PooledPSNR()
     psnr.add(pictures, pixels)
-    counts = torch.bincount(tokens.flatten(), minlength=model.config.quantizer.num_codes)
-    return {"psnr_db": psnr.decibels, "perplexity": perplexity(counts), "usage": usage(counts)}
+    counts = counts_of(tokens, model.config.quantizer)
+    return {"psnr_db": psnr.decibels, "perplexity": mean_perplexity(counts), "usage": usage(counts)}
+
+
+def counts_of(tokens: Tensor, config: QuantizerConfig) -> Tensor:
+    """How often each code occurs, (G, K), in tokens (..., G), or (...) for one group."""
+    groups = tokens.reshape(-1, config.num_groups).unbind(dim=1)
+    return torch.stack([torch.bincount(group, minlength=config.num_codes) for group in groups])
 
 
 def shrunken_psnr_db(pixels: Tensor, side: int) -> float:

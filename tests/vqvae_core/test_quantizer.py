@@ -1,3 +1,6 @@
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from vqvae_core.errors import InputError
 from vqvae_core.nearest import kmeans_plus_plus, nearest_codes
 from vqvae_core.quantizer import (
     FiniteScalarQuantizer,
+    GroupedQuantizer,
     Quantizer,
     QuantizerConfig,
     VectorQuantizer,
@@ -309,3 +313,52 @@ def test_bad_values_say_what_is_expected(field: str, value, message: str) -> Non
 def test_levels_leave_nothing_to_learn() -> None:
     with pytest.raises(ValueError, match=r"levels \(FSQ\) leave no table to learn: leave out learn_by"):
         QuantizerConfig(levels=(8, 8), learn_by="moving_average")
+
+
+GROUPED = QuantizerConfig(num_codes=8, code_dim=3, num_groups=4, learn_by="moving_average", init="uniform")
+
+
+def grouped(**changes) -> GroupedQuantizer:
+    torch.manual_seed(0)
+    module = make_quantizer(dataclasses.replace(GROUPED, **changes))
+    assert isinstance(module, GroupedQuantizer)
+    for table in module.tables():
+        table.table.data.normal_()
+    return module
+
+
+def test_groups_are_quantizers_of_their_own_channels() -> None:
+    module, latents = grouped(), torch.randn(2, 12, 5, 4)
+    whole = module(latents)
+    assert whole.codes.shape == (2, 12, 5, 4) and whole.tokens.shape == (2, 5, 4, 4) and whole.rows.shape == (40, 12)
+    parts = [table(part) for table, part in zip(module.tables(), latents.chunk(4, dim=1), strict=True)]
+    for number, part in enumerate(parts):
+        assert torch.equal(whole.tokens[..., number], part.tokens)
+        assert torch.equal(whole.codes[:, 3 * number : 3 * number + 3], part.codes)
+    torch.testing.assert_close(whole.commitment, sum(part.commitment for part in parts) / 4)
+    torch.testing.assert_close(whole.table_loss, sum(part.table_loss for part in parts) / 4)
+    assert torch.equal(module.lookup(whole.tokens), whole.codes)
+
+
+def test_each_group_learns_from_its_own_latents() -> None:
+    module, latents = grouped(), torch.randn(2, 12, 5, 4)
+    alone = [copy.deepcopy(table) for table in module.tables()]
+    quantized = module(latents)
+    module.learn(module.statistics(quantized))
+    for number, (table, other) in enumerate(zip(module.tables(), alone, strict=True)):
+        part = other(latents[:, 3 * number : 3 * number + 3])
+        other.learn(other.statistics(part))
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in table.state_dict().items())
+    module.end_epoch()
+    assert module.epoch_counts().shape == (4, 8)
+    assert module.epoch_counts().sum(dim=1).tolist() == [40] * 4
+    assert torch.equal(module.epoch_counts()[1], torch.bincount(quantized.tokens[..., 1].flatten(), minlength=8))
+
+
+def test_groups_refuse_a_token_outside_their_tables() -> None:
+    with pytest.raises(InputError, match="expected tokens from 0 to 7, found 0 to 8"):
+        grouped().lookup(torch.tensor([[[[0, 8, 1, 2]]]]))
+    with pytest.raises(ValueError, match="num_groups must be 1, was 2"):
+        QuantizerConfig(levels=(4, 4), num_groups=2)
+    with pytest.raises(ValueError, match="num_groups must be at least 1, was 0"):
+        QuantizerConfig(num_groups=0)

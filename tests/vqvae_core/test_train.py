@@ -40,6 +40,7 @@ QUANTIZERS = {
     "sphere": replace(TABLE, normalize=True),
     "sphere, moving_average": replace(TABLE, normalize=True, learn_by="moving_average"),
     "fsq": QuantizerConfig(levels=(4, 4, 4)),
+    "groups": replace(TABLE, num_codes=32, code_dim=2, num_groups=3, learn_by="moving_average"),
 }
 
 
