@@ -151,8 +151,8 @@ class Encoder:
 
 
 def encoded(model: VQVAE, pixels: torch.Tensor) -> torch.Tensor:
-    """Tokens, int64 (N, H/4, W/4) or (N, H/4, W/4, G), of pixels, uint8 (N, H, W, 3): the same for an image however many
-    others there are, since the last batch is filled up."""
+    """Tokens, int64 (N, H/4, W/4) or (N, H/4, W/4, G), of pixels, uint8 (N, H, W, 3): the same for an image however
+    many others there are, since the last batch is filled up."""
     found = []
     for start in range(0, len(pixels), _BATCH):
         batch = pixels[start : start + _BATCH]
