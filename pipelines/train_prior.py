@@ -27,11 +27,11 @@ from vqvae_core.train import Worker, train
 from vqvae_core.train_config import TrainConfig
 
 VERSION = 3
-_VALIDATION_IMAGES = 256
 
 
 def train_prior(pipeline: Pipeline, config: PipelineConfig, tokens: TokenShards) -> Artifact:
-    """The prior of token shards, conditional where they have labels. Facts: its bits on the validation split."""
+    """The prior of token shards, conditional where they have labels and the config uses them. Facts: its bits on the
+    validation split."""
     schedule = config.train_prior
     recipe = {"model": recipe_of(config.prior), "train": recipe_of(schedule)}
     settings = {
@@ -62,15 +62,16 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
     shards = TokenShards.open(Folder(settings["tokens"]))
     schedule = TrainConfig(**settings["train"])
     loader = TokenLoader(shards, schedule, rank=worker.rank, world_size=worker.world_size)
-    label_map = shards.label_map or None
+    config = config_from_json(PixelCNNConfig, settings["model"])
+    label_map = (shards.label_map or None) if config.use_labels else None
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
-    model = PixelCNN(config_from_json(PixelCNNConfig, settings["model"]), shards.shape, len(label_map or {}))
+    model = PixelCNN(config, shards.shape, len(label_map or {}))
     task = PriorTraining(
         model,
         seed=schedule.seed,
         precision=schedule.precision,
         worker=worker,
-        validation=read_tokens(shards, _VALIDATION_IMAGES),
+        validation=read_tokens(shards, schedule.validation_images),
     )
     history = train(task, loader, schedule, worker, settings["identity"], resume)
     if worker.rank != 0:

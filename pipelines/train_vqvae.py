@@ -36,7 +36,6 @@ from vqvae_core.weight_average import load_weights
 
 VERSION = 3
 RECONSTRUCTIONS = "reconstructions.png"
-_VALIDATION_IMAGES = 256  # for the curves; the final figures are over the whole split
 _BITS_PER_RGB_PIXEL = 24
 
 
@@ -108,7 +107,7 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
         seed=schedule.seed,
         precision=schedule.precision,
         worker=worker,
-        validation=centre_crop(read_pixels(images, "validation", _VALIDATION_IMAGES), loader.size),
+        validation=centre_crop(read_pixels(images, "validation", schedule.validation_images), loader.size),
     )
     history = train(task, loader, schedule, worker, settings["identity"], resume)
     if worker.rank != 0:

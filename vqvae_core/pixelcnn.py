@@ -35,6 +35,8 @@ class PixelCNNConfig:
     """Channels between the last layer and the logits."""
     dropout: float = 0.0
     """Share of features dropped after each gate in training."""
+    use_labels: bool = True
+    """False: labels are not looked at, so that the prior is p(tokens)."""
     label_dropout: float = 0.0
     """Share of labels left out in training, so that samples can be guided (arXiv:2207.12598): 0.1 is usual."""
 
@@ -48,6 +50,8 @@ class PixelCNNConfig:
         for name in ("dropout", "label_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, was {getattr(self, name)}")
+        if self.label_dropout and not self.use_labels:
+            raise ValueError("label_dropout belongs to a prior with labels: leave it out, or use_labels")
 
 
 @dataclass(frozen=True, kw_only=True)

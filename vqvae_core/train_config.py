@@ -41,13 +41,14 @@ class TrainConfig(OrderConfig):
     """Steps that a point of the curves is the mean of."""
     validate_every: int = 5000
     """Steps between two validations on a fixed set. The weights that do best there are what later stages use."""
-
+    validation_images: int = 256
+    """Images of that set; what a finished model is judged by is the whole split."""
     patience: int | None = None
     """Validations in a row that were not better than the best before them, after which training stops; None: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "log_every", "validate_every"):
+        for name in ("steps", "log_every", "validate_every", "validation_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:

@@ -1,6 +1,7 @@
 """What the training loop needs to know of a VQ-VAE: its loss, its table's statistics, its validation."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -9,12 +10,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vqvae_core.images import grid, pixels_to_images
+from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.metrics import PooledPSNR, mean_perplexity, usage
 from vqvae_core.order import mix
 from vqvae_core.quantizer import QuantizerConfig
+from vqvae_core.shapes import Float
 from vqvae_core.train import Piece, StepOutput, Worker, to_device
 from vqvae_core.train_config import Precision
-from vqvae_core.vqvae import VQVAE
+from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
 
 _START_POINTS_PER_CODE = 16
 _PICTURES, _COLUMNS = 16, 8
@@ -120,7 +123,9 @@ class VQVAETraining:
         return {"reconstructions.png": comparison(self.model, self._validation, self._precision, self._worker.device)}
 
     def score(self, metrics: Mapping[str, int | float]) -> float:
-        return -metrics["validation_psnr_db"]
+        """By bits where the likelihood has some: the latents' under the uniform prior are always the same."""
+        found = metrics.get("validation_reconstruction_bits_per_dim")
+        return -metrics["validation_psnr_db"] if found is None else found
 
 
 def _drawn(rows: Tensor, piece: Piece, num_images: int, count: int, seed: int) -> Tensor:
@@ -165,12 +170,36 @@ def reconstruct(
 
 
 def evaluate(model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu") -> dict[str, float]:
-    """PSNR pooled over all pixels, perplexity and usage of the codes, over uint8 (N, H, W, 3)."""
+    """PSNR pooled over all pixels, perplexity and usage of the codes and, where the likelihood has bits, those of the
+    reconstruction, over uint8 (N, H, W, 3)."""
     pictures, tokens = reconstruct(model, pixels, precision, device)
     psnr = PooledPSNR()
     psnr.add(pictures, pixels)
     counts = counts_of(tokens, model.config.quantizer)
-    return {"psnr_db": psnr.decibels, "perplexity": mean_perplexity(counts), "usage": usage(counts)}
+    figures = {"psnr_db": psnr.decibels, "perplexity": mean_perplexity(counts), "usage": usage(counts)}
+    if model.likelihood.has_bits:
+        nll = nll_nats(model, pixels, precision, device)
+        figures["reconstruction_bits_per_dim"] = bits_per_dim(float(nll.mean()), pixels[0].numel())
+    return figures
+
+
+@torch.no_grad()
+def nll_nats(
+    model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu", batch_size: int = 64
+) -> Float[Tensor, "n"]:
+    """-log p(x | z_q(x)) of uint8 (N, H, W, 3), float64 (N,), in nats."""
+    found = []
+    for chunk in pixels.split(batch_size):
+        images = pixels_to_images(chunk.to(device)).to(model.dtype).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            found.append(model.nll_nats(images).double().cpu())
+    return torch.cat(found)
+
+
+def uniform_bits_per_dim(config: VQVAEConfig, height: int, width: int) -> float:
+    """What the codes of a picture cost under the uniform prior, log2 K each, for each of its sub-pixels."""
+    num_codes = (height // STRIDE) * (width // STRIDE) * config.quantizer.num_groups
+    return num_codes * math.log2(config.quantizer.num_codes) / (3 * height * width)
 
 
 def counts_of(tokens: Tensor, config: QuantizerConfig) -> Tensor:

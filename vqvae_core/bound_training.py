@@ -1,0 +1,175 @@
+"""What the training loop needs to know of a VAE and of VIMCO, and their bounds on held-out images."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vqvae_core.images import grid, images_to_pixels, pixels_to_images
+from vqvae_core.latent_model import LatentModel, decodings_in
+from vqvae_core.likelihood import bits_per_dim
+from vqvae_core.order import mix
+from vqvae_core.train import Piece, StepOutput, Worker, to_device
+from vqvae_core.train_config import Precision
+from vqvae_core.vae import VAE, VAEOutput
+from vqvae_core.vimco import VIMCO, multi_sample_bound
+from vqvae_core.vqvae import STRIDE
+
+_BATCH = 50  # images that are measured together; their noise is drawn together too
+_PICTURES, _COLUMNS = 16, 8
+
+
+class BoundTraining:
+    """The `Trainable` of a VAE or of VIMCO. num_samples: S. mebibytes: memory for the activations of decodings; what is
+    beyond it is computed twice. validation: uint8 (N, H, W, 3), fixed."""
+
+    def __init__(
+        self,
+        model: VAE | VIMCO,
+        *,
+        num_samples: int,
+        seed: int,
+        precision: Precision,
+        worker: Worker,
+        validation: Tensor,
+        mebibytes: int = 2048,
+    ) -> None:
+        to_device(model, worker.device)
+        self.model = model
+        self._samples, self._seed, self._worker = num_samples, seed, worker
+        self._precision: Precision = precision
+        self._validation = validation
+        height, width = validation.shape[1:3]
+        self._at_once = decodings_in(mebibytes, model.config, height, width)
+
+    def before_training(self, pieces: Sequence[tuple[Tensor, Piece]], worker: Worker) -> None:
+        """Both start from their initial weights."""
+
+    def step(self, batch: Tensor, piece: Piece, step: int) -> StepOutput:
+        images = as_images(self.model, batch, self._worker.device)
+        noise = _noise_of(self.model, piece, len(batch), self._samples, batch, mix(self._seed, 5, step))
+        with autocast(self._worker.device, self._precision):
+            output = self.model(images, noise.to(self._worker.device), self._at_once)
+        num_dims = images[0].numel()
+        if isinstance(output, VAEOutput):
+            nll, kl = output.nll_nats.mean(), output.kl_nats.mean()
+            metrics = {"loss_nats": nll + kl, "bits_per_dim": bits(nll + kl, num_dims), "nll_nats": nll, "kl_nats": kl}
+            return StepOutput((nll + kl) / num_dims, metrics, [])
+        bound = -output.bound_nats.mean()
+        metrics = {"loss_nats": bound, "bits_per_dim": bits(bound, num_dims)}
+        return StepOutput(output.loss_nats.mean() / num_dims, metrics, [])
+
+    def after_step(self, statistics: list[Tensor], step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Neither keeps statistics."""
+
+    def figures(self, since: int, done: int) -> dict[str, float]:
+        return {}
+
+    def validate(self) -> dict[str, float]:
+        measured = measure(
+            self.model, self._validation, (self._samples,), self._precision, self._worker.device, self._at_once
+        )
+        return {"validation_bits_per_dim": measured.bits_per_dim[self._samples]}
+
+    def pictures(self) -> dict[str, bytes]:
+        return {"reconstructions.png": comparison(self.model, self._validation, self._precision, self._worker.device)}
+
+    def score(self, metrics: Mapping[str, int | float]) -> float:
+        return metrics["validation_bits_per_dim"]
+
+
+def bits(nats: Tensor, num_dims: int) -> Tensor:
+    """Nats of an image as bits/dim, a scalar tensor."""
+    return nats * bits_per_dim(1.0, num_dims)
+
+
+def autocast(device: str, precision: Precision) -> torch.autocast:
+    """bf16 where the precision says so."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def as_images(model: LatentModel, pixels: Tensor, device: str) -> Tensor:
+    """Images (B, 3, H, W) of pixels, uint8 (B, H, W, 3), as a model takes them."""
+    images = pixels_to_images(pixels.to(device)).to(model.dtype)
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _noise_of(model: LatentModel, piece: Piece, count: int, num_samples: int, pixels: Tensor, seed: int) -> Tensor:
+    """The noise of a piece: that of its place in the global batch, however that is cut."""
+    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
+    whole = model.noise(generator, piece.batch_size, num_samples, _sites(pixels))
+    return whole[piece.first : piece.first + count]
+
+
+def _sites(pixels: Tensor) -> tuple[int, int]:
+    return pixels.shape[1] // STRIDE, pixels.shape[2] // STRIDE
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Over some images: bits_per_dim, the bound of each number of samples (1 for a VAE's ELBO); deviation, the standard
+    deviation of an image's bits/dim at the first of them; and of a VAE the two parts of its ELBO."""
+
+    bits_per_dim: dict[int, float]
+    deviation: float
+    reconstruction_bits_per_dim: float | None = None
+    kl_bits_per_dim: float | None = None
+
+
+@torch.no_grad()
+def measure(
+    model: VAE | VIMCO,
+    pixels: Tensor,
+    samples: Sequence[int],
+    precision: Precision,
+    device: str = "cpu",
+    at_once: int | None = None,
+    seed: int = 0,
+) -> Measured:
+    """Bounds on -log2 p of uint8 (N, H, W, 3), the mean over images, by the first S of the largest number of draws.
+
+    Of a VAE the ELBO, whose KL is in closed form, each number of samples being the draws that it is the mean of.
+    """
+    most, num_dims = max(samples), pixels[0].numel()
+    found: dict[int, list[Tensor]] = {number: [] for number in samples}
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(pixels), _BATCH):
+        chunk = pixels[start : start + _BATCH]
+        generator = torch.Generator().manual_seed(mix(seed, 6, start) & (2**63 - 1))
+        noise = model.noise(generator, len(chunk), most, _sites(pixels)).to(device)
+        images = as_images(model, chunk, device)
+        with autocast(device, precision):
+            if isinstance(model, VAE):
+                output = model(images, noise, at_once)
+                parts.append((output.nll_nats.double().cpu(), output.kl_nats.double().cpu()))
+            else:
+                output = model(images, noise, at_once)
+                for number, values in found.items():
+                    values.append(-multi_sample_bound(output.log_weights[:, :number]).cpu())
+    if isinstance(model, VAE):
+        nll, kl = (torch.cat([part[side] for part in parts]) for side in (0, 1))
+        total = nll + kl
+        rest = {"reconstruction_bits_per_dim": float(bits(nll.mean(), num_dims)),
+                "kl_bits_per_dim": float(bits(kl.mean(), num_dims))}  # fmt: skip
+        return Measured({most: float(bits(total.mean(), num_dims))}, float(bits(total.std(), num_dims)), **rest)
+    totals = {number: torch.cat(values) for number, values in found.items()}
+    means = {number: float(bits(total.mean(), num_dims)) for number, total in totals.items()}
+    return Measured(means, float(bits(totals[samples[0]].std(), num_dims)))
+
+
+@torch.no_grad()
+def comparison(model: VAE | VIMCO, pixels: Tensor, precision: Precision, device: str = "cpu") -> bytes:
+    """A PNG of pictures out of uint8 (N, H, W, 3), in rows, each row over what a draw of their latents decodes to."""
+    chosen = pixels[torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()]
+    noise = model.noise(torch.Generator().manual_seed(0), len(chosen), 1, _sites(pixels)).to(device)
+    with autocast(device, precision):
+        latents, _, _ = model.draws(as_images(model, chosen, device), noise)
+        made = images_to_pixels(model.likelihood.mean(model.decoder(latents[:, 0]))).cpu()
+    pairs = zip(chosen.split(_COLUMNS), made.split(_COLUMNS), strict=True)
+    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(chosen)))
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
