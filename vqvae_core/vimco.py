@@ -26,8 +26,10 @@ def multi_sample_bound(log_weights: Float[Tensor, "b s"]) -> Float[Tensor, "b"]:
 
 
 def learning_signal(log_weights: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
-    """L - L_{-s} (B, S), float64: what sample s adds to the bound. In L_{-s} the mean of the other log weights stands for
-    log w_s: the log of their geometric mean. Needs S > 1."""
+    """L - L_{-s} (B, S), float64: what sample s adds to the bound. Needs S > 1.
+
+    In L_{-s} the mean of the other log weights, the log of their geometric mean, stands for log w_s.
+    """
     values = log_weights.double()
     samples = values.shape[1]
     assert samples > 1, "of one sample nothing is left"

@@ -1,0 +1,95 @@
+"""What the programs have in common that run stages: options, tracking, Ray's session, the way out, the last lines."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.session import Session
+from pipelines import cli
+from pipelines.config import PipelineConfig, config_to_manifest
+from pipelines.stage import Pipeline
+from pipelines.tracking import Tracker
+from pipelines.train_vqvae import resolve_precision
+from vqvae_core.artifacts import hash_json
+from vqvae_core.errors import InputError
+from vqvae_core.storage import Folder
+from vqvae_core.train import StoppedError
+from vqvae_core.vqvae import STRIDE
+
+REPORT = "report.html"
+# (pipeline, config) -> a page for the report, or None
+Stages = Callable[[Pipeline, PipelineConfig], Callable[[float], bytes] | None]
+
+
+def conduct(
+    options: cli.Options, stages: Stages, *, program: str = "full", report: str = REPORT
+) -> tuple[Pipeline, str]:
+    """Run stages with a session and a tracked run, and write the page that they return.
+
+    program: part of the tracked run's identity, and of its name where it is not the whole pipeline. report: the page's
+    name in the root. Returns the pipeline and the last lines to print.
+    """
+    begin = time.monotonic()
+    config, root = resolve(options.config), Folder.of(options.root)
+    root.check_writable()
+    config.data.check()
+    resolved = config_to_manifest(config)
+    identity: dict[str, Any] = {**resolved, "resources": None, "preset": options.preset}
+    name = options.preset
+    if program != "full":
+        identity["program"], name = program, f"{options.preset}: {program}"
+    tracker = Tracker(root, name, resolved, hash_json(identity), enabled=options.track)
+    session = Session()
+    pipeline = Pipeline(root, config.resources, session, tracker, resolved)
+    status, page = "FAILED", None
+    tracker.start()
+    try:
+        make_page = stages(pipeline, config)
+        if make_page is not None:
+            page = make_page(time.monotonic() - begin)
+            root.write(report, page)
+        status = "FINISHED"
+    except (KeyboardInterrupt, StoppedError):
+        status = "KILLED"
+        raise
+    finally:
+        try:
+            session.close()
+        finally:
+            tracker.finish(status, page)
+    return pipeline, _summary(pipeline, time.monotonic() - begin, report if page is not None else None)
+
+
+def resolve(config: PipelineConfig) -> PipelineConfig:
+    """The config with nothing left to be found out on a machine. Raises `InputError` where its parts do not fit."""
+    schedules = {
+        item.name: schedule
+        for item in dataclasses.fields(config)
+        if item.name.startswith("train") and (schedule := getattr(config, item.name)) is not None
+    }
+    for name, schedule in schedules.items():
+        if schedule.num_lanes % config.resources.num_workers:
+            option = f"--{name.replace('_', '-')}.num-lanes"
+            raise InputError(
+                f"expected a number of workers that divides {option} {schedule.num_lanes}, found "
+                f"{config.resources.num_workers}; change either of them (lanes belong to the recipe)"
+            )
+    if config.augment.crop_size is not None and config.augment.crop_size % STRIDE:
+        raise InputError(f"expected --augment.crop-size to be a multiple of {STRIDE}, found {config.augment.crop_size}")
+    use_gpu = config.resources.use_gpu
+    resolved = {name: resolve_precision(schedule, use_gpu=use_gpu) for name, schedule in schedules.items()}
+    return dataclasses.replace(config, **resolved)
+
+
+def _summary(pipeline: Pipeline, seconds: float, report: str | None) -> str:
+    work = sum(stage.work_seconds for stage in pipeline.reports)
+    share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
+    lines = [f"done in {seconds:.1f} s{share}"]
+    tracker = pipeline.tracker
+    if tracker.uri:
+        command = "mlflow ui --backend-store-uri " if tracker.uri.startswith("sqlite") else ""
+        lines.append(f"runs:   {command}{tracker.place}")
+    if report is not None:
+        lines.append(f"report: {pipeline.root.path(report)}")
+    return "\n".join(lines)
