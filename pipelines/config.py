@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pipelines.sources import SOURCES, AnySource, ViZDoomSource
 from vqvae_core.augment import AugmentConfig
 from vqvae_core.checkpoint import config_from_json
+from vqvae_core.contender import NAMES
 from vqvae_core.decoding import ImageFormat
 from vqvae_core.pixelcnn import PixelCNNConfig
 from vqvae_core.sampler import Draw
@@ -85,6 +86,33 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """The likelihood table: which models, how often, and the numbers of samples of their bounds."""
+
+    models: tuple[str, ...] = NAMES
+    """Out of vae, vqvae, vimco (categorical) and vimco_gaussian."""
+    seeds: int = 1
+    """Trainings of each model, with the seeds of its schedule and the ones after it."""
+    train_samples: int = 50
+    """S of VIMCO's training."""
+    report_samples: tuple[int, ...] = (50,)
+    """Numbers of samples of which VIMCO's bound is reported; the first is that of its total."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.models if name not in NAMES]
+        if unknown or not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"models must be different ones out of {', '.join(NAMES)}, were {' '.join(self.models)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, was {self.seeds}")
+        if self.train_samples < 2:
+            raise ValueError(
+                f"train_samples must be at least 2 (VIMCO learns from differences), was {self.train_samples}"
+            )
+        if not self.report_samples or min(self.report_samples) < 1:
+            raise ValueError(f"report_samples must be numbers of at least 1, were {self.report_samples}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """On what a run is computed. Nothing here changes a result's fingerprint."""
 
@@ -101,6 +129,10 @@ class Resources:
     """Processes of each training worker that decode images; 0: a thread of it."""
     micro_batch: int | None = None
     """Samples that a device takes at once; a larger share of the batch is taken in parts. None: all at once."""
+    decode_mebibytes: int = 2048
+    """Memory for the activations of a VAE's and VIMCO's decodings on a device; what is beyond it is computed twice."""
+    side_by_side: int = 1
+    """Trainings of compare.py at one time, each with its share of the CPUs or GPUs."""
     compile: bool = True
     """Compile the model on GPUs."""
     usage_alarm: float = 0.1
@@ -113,7 +145,7 @@ class Resources:
     """Times that training starts again from its last checkpoint after a worker died."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "checkpoint_every", "keep_checkpoints"):
+        for name in ("num_workers", "checkpoint_every", "keep_checkpoints", "decode_mebibytes", "side_by_side"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
         if self.cpus_per_worker is not None and self.cpus_per_worker < 1:
@@ -150,6 +182,8 @@ class PipelineConfig:
     """Training of the prior."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """Samples of the prior."""
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    """The likelihood table of compare.py: its models take the VQ-VAE's encoder, decoder and schedule."""
     resources: Resources = field(default_factory=Resources)
     """Workers, CPUs, GPUs: never part of a fingerprint."""
 
