@@ -31,10 +31,15 @@ class ShardConfig:
     """Images that are permuted together. A larger source is cut into groups of whole runs, drawn by the seed."""
     max_rejected_fraction: float = field(default=0.01, metadata={"hashed": False})
     """Above this share of rejected images the stage fails and shows them."""
+    holdout_images: int = 0
+    """Hold back so many train images of the source, drawn by the seed, as the validation split; the source's own
+    held-out images are then the test split. 0: these are the validation split, and there is no test split."""
     max_train_images: int | None = None
-    """Take only so many images of the train split, drawn by the seed; None: all."""
+    """Take only so many images of the train split (of what the holdout leaves), drawn by the seed; None: all."""
     max_validation_images: int | None = None
     """The same for the validation split."""
+    max_test_images: int | None = None
+    """The same for the test split, where there is one."""
     seed: int = 0
     """Of the permutation that mixes classes and episodes across shards."""
 
@@ -51,10 +56,17 @@ class ShardConfig:
             raise ValueError(f"max_rejected_fraction must be 0 to 1, was {self.max_rejected_fraction}")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, was {self.seed}")
-        for name in ("max_train_images", "max_validation_images"):
+        if self.holdout_images < 0:
+            raise ValueError(f"holdout_images must be 0 or more, was {self.holdout_images}")
+        for name in ("max_train_images", "max_validation_images", "max_test_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, was {value}")
+        if self.max_test_images is not None and not self.holdout_images:
+            raise ValueError(
+                f"max_test_images must be none where holdout_images is 0, which makes no test split, was "
+                f"{self.max_test_images}; set holdout_images, or limit the validation split with max_validation_images"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,7 @@ class DataReport:
     _num_hashes: int = 0
 
     def add(self, split: str, summary: Mapping[str, Any]) -> None:
+        """split: of a shard; summary: what `summarize` said of it."""
         if not summary:
             return
         self.shorter += np.array(summary["shorter"])

@@ -318,7 +318,7 @@ class SourceIndex:
         return self.artifact.folder / SPOOL
 
     def counts(self) -> np.ndarray:
-        """int64 (R, 2): images of each run in the train and the validation split."""
+        """int64 (R, 2): images of each run in the source's train and validation split."""
         return _counts(self._columns(["train", "validation"]))
 
     def _columns(self, names: list[str]) -> pa.Table:

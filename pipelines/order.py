@@ -1,4 +1,4 @@
-"""Which samples are in which global step, for several numbers of ranks: are they the same?
+"""Which train samples are in which global step, for several numbers of ranks: are they the same?
 
     python pipelines/order.py runs/doom84/shard-0123456789ab --world-sizes 1 2 4 8 --steps 200 --batch-size 64
 
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from pipelines import cli
+from pipelines.plan import SPLITS
 from pipelines.progress import Progress
 from vqvae_core.artifacts import Artifact
 from vqvae_core.augment import AugmentConfig
@@ -33,6 +34,8 @@ def main(arguments: list[str]) -> None:
     order = Order([(path, images.artifact.files[path].rows) for path in images.shards("train")], config)
     steps = options.steps or order.steps_per_epoch
     print(f"{order.num_samples} samples, {order.steps_per_epoch} steps an epoch, {order.left_out} left out")
+    others = {split: images.num_images(split) for split in SPLITS if split != "train"}
+    print("in no step:", " + ".join(f"{count} of {split}" for split, count in others.items() if count) or "none")
     plans = {f"{size} ranks": [size] * steps for size in options.world_sizes}
     plans["changing ranks"] = [options.world_sizes[step * len(options.world_sizes) // steps] for step in range(steps)]
     found = _keys(images, order, plans)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.data_report import REPORT as DATA_REPORT
 from pipelines.data_report import SHEET
+from pipelines.plan import SPLITS
 from pipelines.sample import GRID
 from pipelines.stage import StageReport
 from pipelines.train_vqvae import RECONSTRUCTIONS
@@ -75,6 +76,7 @@ def _data(shards: Artifact) -> str:
     """What the shard stage counted."""
     report, facts = json.loads(shards.read(DATA_REPORT)), shards.facts
     splits = facts["splits"]
+    there = [split for split in SPLITS if split in splits]
     sides = ", ".join(f"{name}: {count:,}" for name, count in report["shorter_side"].items() if count)
     kinds = ", ".join(f"{name}: {count:,}" for name, count in report["kinds"].items())
     rejects, ignored = (
@@ -83,11 +85,12 @@ def _data(shards: Artifact) -> str:
     counts = [sum(each.values()) for each in report["levels"].values()]
     duplicates = report["exact_duplicates"]
     rows = [
-        ("Images", f"{splits['train']['images']:,} + {splits['validation']['images']:,}",
-         f"train + validation, out of {facts['source_images']:,} taken of the source"),
+        ("Images", " + ".join(f"{splits[split]['images']:,}" for split in there),
+         f"{' + '.join(there)}, out of {facts['source_images']:,} taken of the source"),
         ("Rejected", f"{sum(report['rejects'].values()):,}", rejects or "none"),
         ("Ignored", f"{sum(report['ignored'].values()):,}",
-         f"files that are no images, by extension, and of a test split that is not used: {ignored or 'none'}"),
+         "files that are no images, by extension, and of a test split of the source that is not used: "
+         f"{ignored or 'none'}"),
         ("Exact duplicates", "not counted" if duplicates is None else f"{duplicates:,}",
          "files with the same bytes as another one before; they are kept"),
         ("Source size", " x ".join(_range(*report[name]) for name in ("width", "height")),

@@ -1,4 +1,4 @@
-"""The shard stage: a source of images to WebDataset tars of one size, train and validation, with rejects counted.
+"""The shard stage: a source of images to WebDataset tars of one size, split by split, with rejects counted.
 
 Where a source can be read anywhere, each task reads the images of its shard. Where it can't (Parquet row groups, live
 engines), a first pass reads each run once and stages its small images, sorted by shard; a second pass makes the shards.
@@ -57,6 +57,7 @@ class RejectedError(InputError):
 
 def shard(pipeline: Pipeline, source: AnySource, config: ShardConfig) -> ImageShards:
     """The image shards of a source."""
+    _check_holdout(source, config)
     index = make_index(pipeline, source)
     artifact = pipeline.make(
         "shard",
@@ -68,6 +69,16 @@ def shard(pipeline: Pipeline, source: AnySource, config: ShardConfig) -> ImageSh
     )
     _check_reused(artifact, config.max_rejected_fraction)
     return ImageShards(artifact)
+
+
+def _check_holdout(source: AnySource, config: ShardConfig) -> None:
+    """Frames of an episode look alike: drawn one by one, those held back would be known from training."""
+    if config.holdout_images and source.has_episodes:
+        raise InputError(
+            f"expected a source of single images to hold some back, found {type(source).__name__}, whose episodes are "
+            f"never split, and --shard.holdout-images {config.holdout_images}; set it to 0: whole episodes are the "
+            "validation split"
+        )
 
 
 def _check_reused(artifact: Artifact, max_rejected_fraction: float) -> None:
@@ -250,7 +261,8 @@ def _reject_table(rejects: list[list[str]]) -> pa.Table:
 def _splits(files: FileTable) -> Iterator[tuple[str, dict[str, int]]]:
     for split in SPLITS:
         rows = [file.rows for file in files.values() if file.path.startswith(f"{split}-")]
-        yield split, {"shards": len(rows), "images": sum(rows)}
+        if rows or split != "test":  # most sources have no test split
+            yield split, {"shards": len(rows), "images": sum(rows)}
 
 
 @dataclass(frozen=True)
@@ -263,23 +275,23 @@ class _Group:
     entries: Entries
     shard: np.ndarray
     place: np.ndarray
-    order: tuple[np.ndarray, np.ndarray]
+    order: tuple[np.ndarray, ...]
     runs: dict[int, Run]
 
     @classmethod
     def load(cls, index: SourceIndex, plan: Plan, number: int) -> "_Group":
         entries = index.entries(plan.runs_of(number))
-        validation = entries.table["validation"].to_numpy()
-        shard, place = np.full(len(validation), -1, np.int32), np.full(len(validation), -1, np.int32)
+        held_out = entries.table["validation"].to_numpy()
+        shard, place = np.full(len(held_out), -1, np.int32), np.full(len(held_out), -1, np.int32)
         order, first = [], 0
-        for split in range(2):
-            images = np.flatnonzero(validation == bool(split)).astype(np.int32)[plan.order(number, split)]
+        for split, origin in enumerate(plan.origins):
+            images = np.flatnonzero(held_out == bool(origin)).astype(np.int32)[plan.order(number, split)]
             numbers = np.arange(len(images))
             shard[images] = first + numbers // plan.images_per_shard
             place[images] = numbers % plan.images_per_shard
             first += -(-len(images) // plan.images_per_shard)
             order.append(images)
-        return cls(number, entries, shard, place, (order[0], order[1]), index.runs(plan.runs_of(number)))
+        return cls(number, entries, shard, place, tuple(order), index.runs(plan.runs_of(number)))
 
     def rows(self, shard: PlannedShard) -> np.ndarray:
         """Of `entries`: the images of a shard, in its order."""

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines.plan import SPLITS
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from vqvae_core.artifacts import Artifact, FileEntry
@@ -41,7 +42,7 @@ def tokenize_images(pipeline: Pipeline, images: ImageShards, model: Artifact) ->
 
 
 def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Workspace) -> Made:
-    names = [path.removesuffix(".tar") for split in ("train", "validation") for path in images.shards(split)]
+    names = [path.removesuffix(".tar") for split in SPLITS for path in images.shards(split)]
     there = space.finished_parts(names)
     missing = [name for name, done in zip(names, there, strict=True) if not done]
     finished = [name for name, done in zip(names, there, strict=True) if done]

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from cluster.session import Session
 from pipelines import cli
 from pipelines.data_report import MAX_HASHES
+from pipelines.plan import SPLITS
 from pipelines.progress import Progress
 from pipelines.shard import REJECTS
 from pipelines.stage import fan_out
@@ -75,7 +76,9 @@ def _facts(artifact: Artifact) -> Iterator[str]:
     if found != manifest.content:
         yield f"manifest.json: expected the content digest {manifest.content[:12]}, the table of files has {found[:12]}"
     total = 0
-    for split, counts in facts.get("splits", {}).items():
+    splits = facts.get("splits", {})
+    for split in SPLITS if splits else ():
+        counts = splits.get(split, {"shards": 0, "images": 0})
         shards = [entry for entry in artifact.files.values() if entry.path.startswith(f"{split}-")]
         rows = sum(entry.rows for entry in shards)
         total += rows

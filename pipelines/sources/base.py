@@ -54,6 +54,7 @@ class Entry:
     position: its place in the run. name: as the source has it (bytes that are no UTF-8 as surrogates, as Python's file
     names have them); the sample's key is made of it.
     level: its name in the label map (class, synset, level of an engine), None where it has none.
+    split: train, or validation for what the source holds out; the recipe may make that the test split.
     offset, num_bytes: where `read` finds it, in the source's own terms.
     """
 
@@ -96,6 +97,7 @@ class Source(Protocol):
     """The contract of a source's config. Frozen, keyword-only; safe to send to another process."""
 
     random_access: ClassVar[bool]  # True: `read` of some entries costs about these entries only
+    has_episodes: ClassVar[bool]  # True: images follow each other in episodes, which are never split
 
     def check(self) -> None:
         """Raise `SourceError` within seconds where the source is missing or unreadable."""

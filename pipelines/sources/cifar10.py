@@ -23,12 +23,13 @@ _MAX_BATCH_BYTES = 1 << 28  # the official ones have 30 MB
 
 @dataclass(frozen=True, kw_only=True)
 class Cifar10Source:
-    """cifar-10-binary.tar.gz (Krizhevsky 2009): data_batch_*.bin are the train split, test_batch.bin the validation."""
+    """cifar-10-binary.tar.gz (Krizhevsky 2009): data_batch_*.bin are train images, test_batch.bin held-out ones."""
 
     path: str | None = field(default=None, metadata={"hashed": False})
     """Folder with the archive, local or s3://. Never part of a fingerprint."""
 
     random_access: ClassVar[bool] = True
+    has_episodes: ClassVar[bool] = False
 
     @cached_property
     def _folder(self) -> Folder:

@@ -55,6 +55,7 @@ class ClassFoldersSource:
     """Share of the images that become validation where no folder is named so."""
 
     random_access: ClassVar[bool] = True
+    has_episodes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)

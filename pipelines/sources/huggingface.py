@@ -46,6 +46,7 @@ class HuggingFaceSource:
     """Share of the rows that become validation where no file is named so."""
 
     random_access: ClassVar[bool] = False
+    has_episodes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)

@@ -27,6 +27,7 @@ class ImageNetSource:
     """Folder with the archives, local or s3://. Never part of a fingerprint."""
 
     random_access: ClassVar[bool] = True
+    has_episodes: ClassVar[bool] = False
 
     @cached_property
     def _folder(self) -> Folder:

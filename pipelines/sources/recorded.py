@@ -42,6 +42,7 @@ class RecordedFramesSource:
     """Share of the episodes that become validation where no file is named so."""
 
     random_access: ClassVar[bool] = False
+    has_episodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)

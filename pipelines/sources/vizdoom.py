@@ -41,6 +41,7 @@ class ViZDoomSource:
     """Seed of the first episode; each episode has its own."""
 
     random_access: ClassVar[bool] = False
+    has_episodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("train_episodes_per_map", "frames_per_episode", "actions_per_frame"):

@@ -44,6 +44,7 @@ class WebDatasetSource:
     """Share of the samples that become validation where no tar is named so."""
 
     random_access: ClassVar[bool] = True
+    has_episodes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fraction(self.validation_fraction)

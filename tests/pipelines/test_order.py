@@ -23,7 +23,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_hashes_are_one_for_all_numbers_of_ranks(artifact: str, capsys: pytest.CaptureFixture[str]) -> None:
     program.main([artifact, *OPTIONS, "--decode"])
     said = capsys.readouterr().out
-    assert said.startswith("80 samples, 5 steps an epoch, 0 left out\n")
+    assert said.startswith("80 samples, 5 steps an epoch, 0 left out\nin no step: 4 of validation\n")
     for kind in ("", ", pictures"):
         hashes = re.findall(rf"^(?:\d ranks|changing ranks){kind}: ([0-9a-f]{{16}})$", said, re.MULTILINE)
         assert len(hashes) == 5

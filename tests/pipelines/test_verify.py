@@ -167,6 +167,15 @@ def test_a_table_of_files_with_another_row(tmp_path: Path) -> None:
     )
 
 
+def test_shards_of_a_split_that_the_manifest_does_not_have(tmp_path: Path) -> None:
+    artifact = tokens_artifact(tmp_path)
+    data = tokens(range(20, 22))
+    (tmp_path / "test-000000.parquet").write_bytes(data)
+    forged(tmp_path, lambda entries: [*entries, FileEntry.of("test-000000.parquet", data, rows=2)])
+    found = faults(artifact)
+    assert any("expected 0 samples in 0 shards of test, the table of files has 2 in 1" in fault for fault in found)
+
+
 def test_a_table_of_files_that_is_not_the_manifests(tmp_path: Path) -> None:
     artifact = images_artifact(tmp_path)
     flip(tmp_path, FILES)
