@@ -136,6 +136,10 @@ class Session:
         """No task or actor can have more."""
         return max(cpus for cpus, _ in self._nodes())
 
+    def address(self) -> str:
+        """Where another process joins this Ray: what its RAY_ADDRESS has to be."""
+        return self.connect().get_runtime_context().gcs_address
+
     def leaving_nodes(self) -> set[str]:
         """Ids of the nodes that are about to be taken away. (What Ray Train has for it makes all ranks wait for each
         other each time that one asks.)"""

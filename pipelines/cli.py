@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -37,11 +37,15 @@ class Options:
     root: str
     track: bool
     config: PipelineConfig
+    more: dict[str, str] = field(default_factory=dict)
 
 
-def parse(arguments: list[str], default_preset: str = "doom84") -> Options:
-    """Options from arguments. Raises `InputError` in one line for anything that does not fit; exits 0 on --help."""
-    own, rest = _take(arguments, ("--preset", "--root", "--source", "--source-kind", "--config"))
+def parse(
+    arguments: list[str], default_preset: str = "doom84", *, program: str = "full.py", more: tuple[str, ...] = ()
+) -> Options:
+    """Options from arguments. more: names of a program's own options. Raises `InputError` in one line for anything that
+    does not fit; exits 0 on --help."""
+    own, rest = _take(arguments, ("--preset", "--root", "--source", "--source-kind", "--config", *more))
     track = "--no-track" not in rest
     rest = [argument for argument in rest if argument != "--no-track"]
     preset = own.get("--preset", default_preset)
@@ -66,11 +70,15 @@ def parse(arguments: list[str], default_preset: str = "doom84") -> Options:
             )
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=Folder.of(own["--source"]).uri))
     if "--help" in rest or "-h" in rest:
-        print(_usage())
+        print(_usage(program))
     else:
         _check_names(rest, config)
     return Options(
-        preset=preset, root=own.get("--root", f"runs/{preset}"), track=track, config=_overridden(config, rest)
+        preset=preset,
+        root=own.get("--root", f"runs/{preset}"),
+        track=track,
+        config=_overridden(config, rest),
+        more={name: own[name] for name in more if name in own},
     )
 
 
@@ -91,10 +99,10 @@ def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str],
     return taken, rest
 
 
-def _usage() -> str:
-    presets = "\n".join(f"  {name:12} {what}" for name, (_, what) in PRESETS.items())
+def _usage(program: str) -> str:
+    presets = "\n".join(f"  {name:14} {what}" for name, (_, what) in PRESETS.items())
     return (
-        "usage: full.py [--preset NAME] [--root FOLDER] [--source PLACE] [--source-kind KIND] [--config MANIFEST] "
+        f"usage: {program} [--preset NAME] [--root FOLDER] [--source PLACE] [--source-kind KIND] [--config MANIFEST] "
         f"[--no-track] [--FIELD VALUE ...]\n\npresets (--preset):\n{presets}\n\n"
         "--root FOLDER      where artifacts go, local or s3://bucket/prefix (runs/PRESET)\n"
         "--source PLACE     folder with the source's files, local or s3://\n"

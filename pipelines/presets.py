@@ -1,7 +1,10 @@
 """Presets: whole configs as Python values, by name."""
 
-from pipelines.config import PipelineConfig, Resources, SampleConfig, ShardConfig
-from pipelines.sources import ImageNetSource, RecordedFramesSource, ViZDoomSource
+from dataclasses import replace
+
+from pipelines.config import CompareConfig, PipelineConfig, Resources, SampleConfig, ShardConfig
+from pipelines.sources import HuggingFaceSource, ImageNetSource, RecordedFramesSource, ViZDoomSource
+from vqvae_core.likelihood import LikelihoodConfig
 from vqvae_core.pixelcnn import PixelCNNConfig
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.sampler import Draw
@@ -69,6 +72,61 @@ IMAGENET128 = PipelineConfig(
     resources=_PAPER_RESOURCES,
 )
 
+CIFAR10 = PipelineConfig(
+    data=HuggingFaceSource(),
+    shard=ShardConfig(image_size=32, resize="exact", holdout_images=5000),
+    vqvae=VQVAEConfig(
+        likelihood=LikelihoodConfig(kind="categorical"),
+        quantizer=QuantizerConfig(num_codes=512, code_dim=16, num_groups=10, revive_every=200),
+    ),
+    train=_PAPER_TRAIN,
+    prior=PixelCNNConfig(channels=256, num_layers=15, use_labels=False, dropout=0.1),
+    train_prior=replace(_PAPER_TRAIN, steps=100_000),
+    sample=SampleConfig(num_images=64),
+    compare=CompareConfig(seeds=1, train_samples=50, report_samples=(50,)),
+    resources=_PAPER_RESOURCES,
+)
+
+CIFAR10_SMALL = PipelineConfig(
+    data=HuggingFaceSource(),
+    shard=ShardConfig(image_size=32, resize="exact", holdout_images=5000),
+    vqvae=VQVAEConfig(
+        hidden_channels=64,
+        residual_channels=32,
+        commitment_cost=150.0,  # beside a sum over 3,072 sub-pixels, of a run 80 times shorter than the paper's
+        likelihood=LikelihoodConfig(kind="logistic"),
+        quantizer=QuantizerConfig(
+            num_codes=512, code_dim=8, num_groups=10, learn_by="moving_average", decay=0.95, revive_every=50
+        ),
+    ),
+    train=TrainConfig(
+        steps=3000,
+        batch_size=64,
+        num_lanes=4,
+        learning_rate=2e-3,
+        beta2=0.99,
+        warmup_steps=100,
+        schedule="cosine",
+        validate_every=1000,
+        validation_images=1000,
+        log_every=50,
+    ),
+    prior=PixelCNNConfig(channels=64, num_layers=6, first_kernel_size=5, head_channels=64, use_labels=False),
+    train_prior=TrainConfig(
+        steps=1000,
+        batch_size=32,
+        num_lanes=4,
+        learning_rate=2e-3,
+        beta2=0.99,
+        warmup_steps=50,
+        schedule="cosine",
+        validate_every=500,
+    ),
+    sample=SampleConfig(num_images=64, batch_size=16),
+    compare=CompareConfig(models=("vae", "vqvae", "vimco"), seeds=3, train_samples=10, report_samples=(10, 50)),
+    resources=Resources(checkpoint_every=500),
+)
+
 SMOKE = PipelineConfig(
     data=ViZDoomSource(maps=("E1M3", "MAP04"), train_episodes_per_map=2, frames_per_episode=24, actions_per_frame=1),
     shard=ShardConfig(image_size=32, images_per_shard=32),
@@ -82,6 +140,7 @@ SMOKE = PipelineConfig(
     prior=PixelCNNConfig(channels=16, num_layers=2, first_kernel_size=3, head_channels=16),
     train_prior=TrainConfig(steps=24, batch_size=8, num_lanes=4, learning_rate=1e-3, log_every=4, validate_every=12),
     sample=SampleConfig(num_images=4, batch_size=3),
+    compare=CompareConfig(train_samples=3, report_samples=(3, 6)),
     resources=Resources(checkpoint_every=8),
 )
 
@@ -89,5 +148,7 @@ PRESETS: dict[str, tuple[PipelineConfig, str]] = {
     "doom84": (DOOM84, "84x84 frames of ViZDoom, live: the embedded default, minutes on 2 cores"),
     "dmlab84": (DMLAB84, "84x84 frames of DeepMind Lab, recorded as Parquet: the paper's schedule"),
     "imagenet128": (IMAGENET128, "128x128 ImageNet from the official archives: the paper's schedule"),
+    "cifar10": (CIFAR10, "32x32 CIFAR-10 as Parquet, for compare.py: the paper's likelihood table, its schedule"),
+    "cifar10-small": (CIFAR10_SMALL, "the same in small, with logistic likelihoods: about an hour on 2 cores"),
     "smoke": (SMOKE, "32x32 frames of ViZDoom, seconds: for tests"),
 }

@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,27 +37,32 @@ def make_report(name: str, reports: list[StageReport], config: Mapping[str, Any]
     """The page as HTML. reports: what happened to each stage of this run."""
     stages = {report.name: report.artifact for report in reports}
     parts = [
-        f"<h1>{html.escape(name)}</h1>",
         f"<p class=lead>Raw frames to tokens, a prior and samples. This run took {seconds:.0f} s.</p>",
         "<h2>Data</h2>",
-        _picture(stages["shard"], SHEET, "Images of the train split, as they are in the shards."),
+        picture(stages["shard"], SHEET, "Images of the train split, as they are in the shards."),
         _data(stages["shard"]),
         "<h2>Reconstructions</h2>",
-        _picture(stages["train_vqvae"], RECONSTRUCTIONS, "Validation images; below them their reconstructions."),
+        picture(stages["train_vqvae"], RECONSTRUCTIONS, "Validation images; below them their reconstructions."),
         "<h2>Samples of the prior</h2>",
-        _picture(stages["sample"], GRID, "Tokens drawn from the prior, one seed each, decoded."),
+        picture(stages["sample"], GRID, "Tokens drawn from the prior, one seed each, decoded."),
         "<h2>Numbers</h2>",
         _numbers(stages),
         "<h2>Training</h2>",
         f"<div class=curves>{_curves(stages)}</div>",
         "<h2>Stages</h2>",
-        _stage_table(reports),
+        stage_table(reports),
         "<details><summary>Configuration of this run</summary><pre>",
         html.escape(json.dumps(config, indent=1)),
         "</pre></details>",
     ]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(name)}</title><style>{_STYLE}</style>"
-    return (head + "<body>" + "\n".join(parts) + "</body></html>\n").encode()
+    return page(name, parts)
+
+
+def page(title: str, parts: Sequence[str]) -> bytes:
+    """A whole page in this project's style."""
+    text = html.escape(title)
+    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{text}</title><style>{_STYLE}</style>"
+    return (head + f"<body><h1>{text}</h1>" + "\n".join(parts) + "</body></html>\n").encode()
 
 
 def _image(data: bytes, caption: str, kind: str = "png") -> str:
@@ -68,7 +73,8 @@ def _image(data: bytes, caption: str, kind: str = "png") -> str:
     )
 
 
-def _picture(artifact: Artifact, path: str, caption: str) -> str:
+def picture(artifact: Artifact, path: str, caption: str) -> str:
+    """A PNG of an artifact, with its caption."""
     return _image(artifact.read(path), caption)
 
 
@@ -201,6 +207,17 @@ def _plot(title: str, history: list[dict[str, float]], names: list[str], *, log:
     return _svg(figure, title)
 
 
+def curves_of(title: str, histories: Mapping[str, list[dict[str, float]]], metric: str) -> str:
+    """One metric of several trainings, by name."""
+    figure, axes = _axes(title)
+    for name, history in histories.items():
+        points = [(point["step"], point[metric]) for point in history if metric in point]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+    axes.set_xlabel("step")
+    axes.legend(frameon=False, fontsize=7)
+    return _svg(figure, title)
+
+
 def _bars(title: str, shares: np.ndarray) -> str:
     figure, axes = _axes(title)
     axes.fill_between(np.arange(len(shares)), 100 * shares, step="mid", alpha=0.8)
@@ -227,7 +244,8 @@ def _svg(figure: Any, title: str) -> str:
     return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{encoded}">'
 
 
-def _stage_table(reports: list[StageReport]) -> str:
+def stage_table(reports: list[StageReport]) -> str:
+    """What was made and what reused."""
     lines = ["<tr><th>Stage</th><th>This run</th><th>Seconds when made</th><th>of which work</th><th>Folder</th></tr>"]
     for report in reports:
         made = report.artifact.manifest.provenance

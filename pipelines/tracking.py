@@ -18,7 +18,14 @@ from vqvae_core.storage import Folder
 T = TypeVar("T")
 EXPERIMENT = "vqvae-pipeline"
 _MAX_PARAM_CHARACTERS = 500
-_SHOWN = ("contact_sheet.png", "data.json", "reconstructions.png", "samples.png")  # files to look at in a run
+_SHOWN = (
+    "contact_sheet.png",
+    "data.json",
+    "reconstructions.png",
+    "samples.png",
+    "table.md",
+    "table.csv",
+)  # files to look at in a run
 
 
 class Tracker:

@@ -1,0 +1,106 @@
+"""The paper's likelihood table: VAE, VQ-VAE and VIMCO with the same encoder, decoder, data and schedule, in bits/dim.
+
+    python pipelines/compare.py --preset cifar10-small --source FOLDER --root runs/cifar10-small
+
+Each model and seed is a Ray Train job, one after the other, or with --resources.side-by-side N so many at one time. The
+same command again goes on where it stopped. --only vae-0 trains and measures that one alone.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+
+from pipelines import cli
+from pipelines.compare_report import REPORT, make_compare_report
+from pipelines.config import PipelineConfig
+from pipelines.likelihood_table import MARKDOWN, likelihood_table
+from pipelines.measure_bits import measure_bits
+from pipelines.program import conduct
+from pipelines.shard import shard
+from pipelines.side_by_side import run_side_by_side
+from pipelines.stage import Pipeline
+from pipelines.tokenize_images import tokenize_images
+from pipelines.train_baseline import train_baseline
+from pipelines.train_prior import train_prior
+from pipelines.train_vqvae import train_vqvae
+from vqvae_core.artifacts import Artifact
+from vqvae_core.contender import VQ_VAE
+from vqvae_core.errors import InputError
+from vqvae_core.image_shards import ImageShards
+
+_ONLY = "--only"
+
+
+def main(arguments: list[str]) -> None:
+    options = cli.parse(arguments, "cifar10-small", program="compare.py", more=(_ONLY,))
+    only = options.more.get(_ONLY)
+    wanted = names(options.config)
+    if only is not None and only not in wanted:
+        raise InputError(f"expected one of {', '.join(wanted)} after {_ONLY}, found {only!r}")
+    if options.config.vqvae.likelihood.kind == "density":
+        raise InputError(
+            "expected a likelihood with bits for the table, found a density; give --vqvae.likelihood.kind logistic, "
+            "gaussian or categorical"
+        )
+    table: list[Artifact] = []
+
+    def stages(pipeline: Pipeline, config: PipelineConfig) -> Callable[[float], bytes] | None:
+        images = shard(pipeline, config.data, config.shard)
+        if only is None and config.resources.side_by_side > 1:
+            _side_by_side(pipeline, config, arguments)
+        made = {name: _contender(pipeline, config, images, name) for name in ([only] if only else wanted)}
+        if only is not None:
+            return None
+        measured = {name: bits for name, (_, bits) in made.items()}
+        table.append(likelihood_table(pipeline, config, measured))
+        models = {name: model for name, (model, _) in made.items()}
+        return lambda seconds: make_compare_report(
+            options.preset, pipeline.reports, models, table[0], pipeline.config, seconds
+        )
+
+    _, summary = conduct(options, stages, program="compare", report=REPORT)
+    for artifact in table:
+        print(artifact.read(MARKDOWN).decode())
+        print(f"table:  {artifact.folder.path(MARKDOWN)}, also as CSV and JSON")
+    print(summary)
+
+
+def names(config: PipelineConfig) -> list[str]:
+    """model-seed of each training, seed by seed."""
+    first = config.train.seed
+    return [f"{model}-{seed}" for seed in range(first, first + config.compare.seeds) for model in config.compare.models]
+
+
+def _contender(pipeline: Pipeline, config: PipelineConfig, images: ImageShards, name: str) -> tuple[Artifact, Artifact]:
+    """A trained model and its bits."""
+    kind, _, seed = name.rpartition("-")
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, seed=int(seed)),
+        train_prior=dataclasses.replace(config.train_prior, seed=int(seed)),
+    )
+    samples = config.compare.report_samples
+    if kind != VQ_VAE:
+        model = train_baseline(pipeline, config, images, kind)
+        return model, measure_bits(pipeline, images, kind, model, samples)
+    model = train_vqvae(pipeline, config, images)
+    tokens = tokenize_images(pipeline, images, model)
+    prior = train_prior(pipeline, config, tokens)
+    return model, measure_bits(pipeline, images, kind, model, samples, tokens.artifact, prior)
+
+
+def _side_by_side(pipeline: Pipeline, config: PipelineConfig, arguments: list[str]) -> None:
+    """All trainings as processes that share this one's Ray; what they make is then found by name."""
+    resources, session = config.resources, pipeline.session
+    count = min(resources.side_by_side, len(names(config)))
+    each = session.check(
+        num_workers=count * resources.num_workers, cpus_per_worker=resources.cpus_per_worker, use_gpu=resources.use_gpu
+    )
+    shared = [*arguments, "--resources.side-by-side", "1", "--resources.cpus-per-worker", str(each)]
+    runs = {name: [*shared, _ONLY, name] for name in names(config)}
+    run_side_by_side(__file__, runs, count, session.address())
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    cli.run(main)

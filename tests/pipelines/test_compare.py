@@ -1,0 +1,190 @@
+"""The likelihood table: its arithmetic, and the whole program in small."""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines import compare
+from pipelines.config import CompareConfig
+from pipelines.likelihood_table import csv_of, markdown, order, rows_of, summarize
+from tests.pipelines.data import write_cifar10
+from tests.pipelines.test_cli import ROOT
+from vqvae_core.artifacts import MANIFEST, Artifact
+from vqvae_core.errors import InputError
+from vqvae_core.storage import Folder
+
+SETTINGS = {"likelihood": "logistic", "steps": 30, "train_samples": 3, "first_seed": 0}
+MODELS = ("vae", "vqvae", "vimco", "vimco_gaussian")
+
+
+def facts(name: str, seed: int) -> dict:
+    """Figures as measure_bits has them."""
+    total = 4.5 + 0.2 * MODELS.index(name) + 0.01 * seed
+    found = {"split": "test", "images": 10, "samples": [1], "total_bits_per_dim": total}
+    if name == "vqvae":
+        learned = {"latents_learned_bits_per_dim": 1.5, "total_learned_bits_per_dim": total - 0.375}
+        return {**found, "reconstruction_bits_per_dim": total - 1.875, "latents_bits_per_dim": 1.875, **learned}
+    if name == "vae":
+        return {**found, "reconstruction_bits_per_dim": total - 1, "latents_bits_per_dim": 1.0}
+    return {**found, "samples": [3, 6], "bound_3_bits_per_dim": total, "bound_6_bits_per_dim": total - 0.1}
+
+
+def rows(seeds: int = 2) -> list[dict]:
+    return [
+        row
+        for seed in range(seeds)
+        for name in MODELS
+        for row in rows_of(f"{name}-{seed}", facts(name, seed), SETTINGS)
+    ]
+
+
+def test_a_row_a_model_seed_and_bound() -> None:
+    found = rows()
+    assert len(found) == 2 * (1 + 1 + 2 + 2)
+    read = list(csv.DictReader(io.StringIO(csv_of(found))))
+    assert [(row["model"], row["seed"], row["samples_of_bound"]) for row in read[:4]] == [
+        ("vae", "0", ""), ("vqvae", "0", ""), ("vimco", "0", "3"), ("vimco", "0", "6"),
+    ]  # fmt: skip
+    assert float(read[1]["total"]) == pytest.approx(4.7) and float(read[1]["total_learned"]) == pytest.approx(4.325)
+    assert (
+        read[0]["total_learned"] == ""
+        and read[0]["samples_in_training"] == ""
+        and read[3]["samples_in_training"] == "3"
+    )
+
+
+def test_seeds_become_a_mean_and_a_spread() -> None:
+    lines = {(line["model"], line["samples_of_bound"]): line for line in summarize(rows(3))}
+    total = lines["vimco", 6]["total"]
+    assert (total["mean"], total["least"], total["greatest"]) == pytest.approx((4.81, 4.8, 4.82))
+    assert lines["vae", None]["latents_learned"] is None and lines["vae", None]["seeds"] == [0, 1, 2]
+    text = markdown(summarize(rows(3)), SETTINGS)
+    assert (
+        "| VQ-VAE | 2.835 (2.825 to 2.845) | 1.875 | 4.710 (4.700 to 4.720) | 1.500 | 4.335 (4.325 to 4.345) |" in text
+    )
+    assert "the seeds 0, 1, 2" in text and "S = 3" in text
+
+
+def test_the_papers_order_is_counted() -> None:
+    assert order(rows(2)) == {"seeds": 2, "seeds_in_the_papers_order": 2, "seeds_where_a_learned_prior_gains": 2}
+    other = rows(2)
+    other[0]["total"] = 9.0  # the VAE of seed 0
+    other[7]["total_learned"] = 9.0  # the VQ-VAE of seed 1
+    assert order(other) == {"seeds": 2, "seeds_in_the_papers_order": 1, "seeds_where_a_learned_prior_gains": 1}
+    assert order([row for row in rows(2) if row["model"] != "vae"]) == {
+        "seeds": 2,
+        "seeds_where_a_learned_prior_gains": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"models": ("vae", "gan")},
+            "models must be different ones out of vae, vqvae, vimco, vimco_gaussian, were vae gan",
+        ),
+        ({"models": ("vae", "vae")}, "models must be different ones"),
+        ({"seeds": 0}, "seeds must be at least 1, was 0"),
+        ({"train_samples": 1}, "train_samples must be at least 2"),
+        ({"report_samples": (0,)}, "report_samples must be numbers of at least 1"),
+    ],
+)
+def test_bad_values(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**fields)
+
+
+def test_messages(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "cifar")
+    base = arguments(tmp_path / "cifar", tmp_path / "root")
+    with pytest.raises(InputError, match=r"expected one of vae-0, vqvae-0, vimco-0 after --only, found 'vae-1'"):
+        compare.main([*base, "--only", "vae-1"])
+    with pytest.raises(InputError, match="expected a likelihood with bits for the table, found a density"):
+        compare.main([*base, "--vqvae.likelihood.kind", "density"])
+
+
+def arguments(source: Path, root: Path) -> list[str]:
+    return ["--preset", "smoke", "--source-kind", "cifar10", "--source", str(source), "--root", str(root),
+            "--shard.holdout-images", "9", "--vqvae.likelihood.kind", "logistic", "--vqvae.quantizer.num-groups", "2",
+            "--prior.no-use-labels", "--compare.models", "vae", "vqvae", "vimco"]  # fmt: skip
+
+
+def run(source: Path, root: Path, *more: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "pipelines/compare.py", *arguments(source, root), *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs)
+
+
+def contents(root: Path) -> dict[str, str]:
+    """The content of each artifact, by its folder."""
+    return {
+        path.parent.name: Artifact.open(Folder.of(path.parent)).manifest.content for path in root.glob(f"*/{MANIFEST}")
+    }
+
+
+@pytest.mark.slow
+def test_the_program(tmp_path: Path) -> None:
+    """Two seeds of three models, killed in the middle of a training, then again: a table, and all of it reused."""
+    source, root = tmp_path / "cifar", tmp_path / "root"
+    write_cifar10(source, num_records=20)
+    more = ("--compare.seeds", "2")
+    command = [sys.executable, "pipelines/compare.py", *arguments(source, root), *more]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not list(root.glob("train_vqvae-*/training-*/step-*/state.json")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    done = run(source, root, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"train_vae: reused", done.stdout)
+    tables = [path.parent for path in root.glob("likelihood_table-*/manifest.json")]
+    table = Artifact.open(Folder.of(tables[0]))
+    found = json.loads(table.read("table.json"))
+    assert len(found["rows"]) == 2 * (1 + 1 + 2)
+    by_model = {(row["model"], row["seed"], row["samples_of_bound"]): row for row in found["rows"]}
+    for seed in (0, 1):
+        row = by_model["vqvae", seed, None]
+        assert row["total"] == pytest.approx(row["reconstruction"] + row["latents"])
+        assert row["latents"] == pytest.approx(8 * 8 * 2 * 5 / 3072)
+        assert row["total_learned"] == pytest.approx(row["reconstruction"] + row["latents_learned"])
+        assert by_model["vimco", seed, 6]["total"] < by_model["vimco", seed, 3]["total"] < 12
+        assert (row["split"], row["images"]) == ("test", 20)
+    assert by_model["vae", 0, None]["total"] != by_model["vae", 1, None]["total"]
+    assert table.facts["vqvae.total"] == pytest.approx(
+        sum(by_model["vqvae", seed, None]["total"] for seed in (0, 1)) / 2
+    )
+    assert table.read("table.md").decode() in done.stdout
+    page = (root / "comparison.html").read_text()
+    assert "VIMCO, categorical" in page and page.count("data:image/png") >= 4
+    before = contents(root)
+    again = run(source, root, *more)
+    assert again.returncode == 0 and not re.search(r": made in", again.stdout)
+    assert contents(root) == before
+    whole = tmp_path / "whole"
+    assert run(source, whole).returncode == 0
+    assert all(before[name] == content for name, content in contents(whole).items() if "likelihood_table" not in name)
+
+
+@pytest.mark.slow
+def test_side_by_side(tmp_path: Path) -> None:
+    """Two at a time make the same as one after the other."""
+    source = tmp_path / "cifar"
+    write_cifar10(source, num_records=20)
+    models = ("--compare.models", "vae", "vqvae")
+    one = run(source, tmp_path / "one", *models, "--resources.cpus-per-worker", "1")
+    two = run(source, tmp_path / "two", *models, "--resources.cpus-per-worker", "1", "--resources.side-by-side", "2")
+    assert one.returncode == two.returncode == 0, two.stdout + two.stderr
+    assert "[vae-0] " in two.stdout and "[vqvae-0] " in two.stdout
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
