@@ -1,0 +1,180 @@
+"""The paper's likelihood table on a bare machine, without Ray, in several visits: each goes on where the last one was.
+
+    python -m benchmarks.paper_cifar10 --data FOLDER --states FOLDER --seconds 500
+    python -m benchmarks.paper_cifar10 --data FOLDER --states FOLDER --seconds 0 --measure 10000
+
+--data has CIFAR-10 as Parquet (train*.parquet, test*.parquet; `img` or `image`, a struct with `bytes`). Each model of
+the preset gets its share of --seconds, a checkpoint before its end, and then its bits/dim on --measure test images: of
+the train images 5,000 are held back to validate on. It is compare.py's loop and measures, and needs torch, numpy,
+pyarrow, pillow and safetensors alone. Images are held back and ordered by a list in memory, not by shards, so that its
+figures are not compare.py's to the last digit, and there is no learned prior. Bars, once all steps are done: the VQ-VAE
+at most 0.3 bits/dim above the VAE (0.16 in the paper). The last line is one JSON object.
+"""
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Bar, report
+from pipelines.config import PipelineConfig
+from pipelines.presets import PRESETS
+from vqvae_core.artifacts import hash_json
+from vqvae_core.checkpoint import StateFolder
+from vqvae_core.contender import NAMES, VQ_VAE, figures, make_model, make_task
+from vqvae_core.decoding import decode
+from vqvae_core.order import Order, OrderConfig, mix, permutation
+from vqvae_core.storage import Folder
+from vqvae_core.train import StoppedError, Worker, train
+from vqvae_core.train_config import best_precision
+from vqvae_core.weight_average import load_weights
+
+HELD_OUT = 5000
+_ABOVE = 0.3
+
+
+class InMemory:
+    """Batches out of pixels in memory, in the order of `Order`."""
+
+    def __init__(self, pixels: Tensor, config: OrderConfig) -> None:
+        self.pixels, self.order = pixels, Order([("all", len(pixels))], config)
+
+    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
+        for step in range(start, stop):
+            yield self.pixels[torch.from_numpy(self.order.batch(step, range(self.order.config.num_lanes)).rows)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The likelihood table of the paper, in visits.")
+    parser.add_argument("--data", required=True, help="folder with CIFAR-10 as Parquet")
+    parser.add_argument("--states", required=True, help="folder for checkpoints: the same again goes on from them")
+    parser.add_argument("--preset", default="cifar10", choices=("cifar10", "cifar10-small"))
+    parser.add_argument("--models", nargs="+", default=None, choices=NAMES)
+    parser.add_argument("--seconds", type=float, default=500.0, help="of training, shared by the models")
+    parser.add_argument("--steps", type=int, default=None, help="of the whole schedule; the preset's where left out")
+    parser.add_argument("--measure", type=int, default=1000, help="test images that are measured; 0: none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-compile", action="store_true")
+    options = parser.parse_args(arguments)
+    config = PRESETS[options.preset][0]
+    models = tuple(options.models or config.compare.models)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    schedule = replace(config.train, seed=options.seed, precision=best_precision(device))
+    if options.steps is not None:
+        schedule = replace(schedule, steps=options.steps)
+    config = replace(config, train=schedule)
+    train_pixels, validation, test = read_splits(Path(options.data), options.seed)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in models:
+        rows[name] = visit(
+            name, config, Path(options.states), train_pixels, validation, test[: options.measure], device,
+            seconds=options.seconds / len(models), compiled=not options.no_compile,
+        )  # fmt: skip
+        print(f"{name}: {rows[name]}", flush=True)
+    bars = []
+    done = all(row["steps"] == schedule.steps for row in rows.values())
+    if done and options.measure and {"vae", VQ_VAE} <= rows.keys():
+        gap = rows[VQ_VAE]["total_bits_per_dim"] - rows["vae"]["total_bits_per_dim"]
+        bars.append(Bar("bits_per_dim_of_the_vqvae_above_the_vae", gap, _ABOVE, at_most=True))
+    settings = {
+        "preset": options.preset, "steps": schedule.steps, "seed": options.seed, "measured_images": options.measure,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision": schedule.precision,
+        "likelihood": config.vqvae.likelihood.kind, "schedule_done": done,
+    }  # fmt: skip
+    return report("paper_cifar10", settings, bars, {"models": rows})
+
+
+def visit(
+    name: str,
+    config: PipelineConfig,
+    states: Path,
+    pixels: Tensor,
+    validation: Tensor,
+    test: Tensor,
+    device: str,
+    *,
+    seconds: float,
+    compiled: bool,
+) -> dict[str, Any]:
+    """Train a model for so many seconds from its last state on, and measure it. Returns its figures and curve."""
+    schedule, compare, mebibytes = config.train, config.compare, config.resources.decode_mebibytes
+    if device == "cuda":
+        mebibytes = max(mebibytes, torch.cuda.mem_get_info()[0] // 2**21)  # half of what is free
+    identity = hash_json({"name": name, "model": config.vqvae, "train": schedule, "samples": compare.train_samples})[
+        :16
+    ]
+    folder = StateFolder(Folder.of(states) / f"{name}-{identity}", identity, keep=1)
+    resume = folder.newest()
+    torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
+    model: Any = make_model(name, config.vqvae)
+    deadline = time.monotonic() + seconds
+    worker = Worker(
+        device=device,
+        checkpoint_every=10**9,
+        compile=compiled
+        and device == "cuda"
+        and name == VQ_VAE,  # the others' decodings are checkpointed, not compiled
+        save=folder.save,
+        flush=folder.wait,
+        asked=lambda: "stop" if time.monotonic() > deadline else "",
+        warn=print,
+    )
+    batches = InMemory(pixels, schedule)
+    task = make_task(
+        name, model, steps=schedule.steps, steps_per_epoch=batches.order.steps_per_epoch,
+        num_samples=compare.train_samples, seed=schedule.seed, precision=schedule.precision, worker=worker,
+        validation=validation[: schedule.validation_images], mebibytes=mebibytes,
+    )  # fmt: skip
+    begin = time.monotonic()
+    start = resume.step if resume is not None else 0
+    if seconds > 0 and start < schedule.steps:
+        with contextlib.suppress(StoppedError):
+            train(task, batches, schedule, worker, identity, resume)
+    took = time.monotonic() - begin
+    state = folder.newest()
+    row: dict[str, Any] = {"steps": 0 if state is None else state.step}
+    if state is None:
+        return row
+    load_weights(model, state.tensors)
+    row["images_per_second"] = (
+        round((state.step - start) * schedule.batch_size / took, 1) if state.step > start else None
+    )
+    if len(test):
+        row |= figures(name, model.eval(), test, compare.report_samples, schedule.precision, device, mebibytes)
+    keys = ("validation_bits_per_dim", "validation_reconstruction_bits_per_dim")
+    row["curve"] = [[point["step"], point[key]] for point in state.history for key in keys if key in point]
+    return row
+
+
+def read_splits(folder: Path, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels of the train, validation and test images, uint8 (N, 32, 32, 3). Validation: images of the train files that
+    the seed draws. Raises SystemExit where the folder has no such files."""
+    train_pixels, test = (_read(folder, split) for split in ("train", "test"))
+    held = min(HELD_OUT, len(train_pixels) // 2)
+    shuffled = torch.from_numpy(permutation(len(train_pixels), seed))
+    return train_pixels[shuffled[held:]], train_pixels[shuffled[:held]], test
+
+
+def _read(folder: Path, split: str) -> Tensor:
+    files = sorted(path for path in folder.glob("*.parquet") if path.name.startswith(split))
+    if not files:
+        raise SystemExit(f"expected {split}*.parquet in {folder}, found none")
+    found = []
+    for path in files:
+        table = pq.read_table(path)
+        column = "img" if "img" in table.column_names else "image"
+        found += [decode(row["bytes"]) for row in table[column].to_pylist()]
+    return torch.from_numpy(np.stack(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
