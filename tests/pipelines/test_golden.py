@@ -10,15 +10,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines import index, sample, shard, tokenize_images, train_prior, train_vqvae
+from pipelines import (
+    index,
+    likelihood_table,
+    measure_bits,
+    sample,
+    shard,
+    tokenize_images,
+    train_baseline,
+    train_prior,
+    train_vqvae,
+)
 from pipelines.config import SampleConfig
 from pipelines.sources import ImageNetSource
 from pipelines.tokenize_images import Encoder, read_shard
 from tests.pipelines.data import frame, write_imagenet
 from vqvae_core.artifacts import Artifact, FileEntry, commit, hash_json
 from vqvae_core.checkpoint import save_model
+from vqvae_core.contender import NAMES
 from vqvae_core.image_shards import Sample, write_tar
 from vqvae_core.images import encode
+from vqvae_core.likelihood import LikelihoodConfig
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
 from vqvae_core.prior import Prior
 from vqvae_core.quantizer import QuantizerConfig
@@ -94,7 +106,8 @@ def golden() -> dict:
 
 
 def test_versions(golden: dict) -> None:
-    modules = (index, shard, train_vqvae, tokenize_images, train_prior, sample)
+    modules = (index, shard, train_vqvae, tokenize_images, train_prior, sample, train_baseline, measure_bits,
+               likelihood_table)  # fmt: skip
     assert {module.__name__.split(".")[1]: module.VERSION for module in modules} == golden["versions"]
 
 
@@ -127,6 +140,44 @@ def test_train_vqvae(tmp_path: Path, golden: dict) -> None:
     value = train_vqvae._loop(settings, Worker(), None)
     assert value["facts"]["psnr_db"] == pytest.approx(golden["psnr_db"], abs=0.02)
     assert value["facts"]["shrunken_psnr_db"] == pytest.approx(golden["shrunken_psnr_db"], abs=0.02)
+
+
+def test_likelihoods(tmp_path: Path, golden: dict) -> None:
+    """Bits/dim of each model on the validation split, after training and as the measuring actor finds them again."""
+    root = Folder.of(tmp_path)
+    quantizer = dataclasses.replace(VQVAE_CONFIG.quantizer, num_groups=2)
+    config = dataclasses.replace(VQVAE_CONFIG, likelihood=LikelihoodConfig(kind="logistic"), quantizer=quantizer)
+    found = {}
+    for name in NAMES:
+        out = root / name
+        settings = {
+            "name": name, "images": images(root).folder.uri, "model": dataclasses.asdict(config), "out": out.uri,
+            "train": dataclasses.asdict(TRAIN), "identity": "w", "augment": {}, "loader_workers": 0,
+            "num_samples": 3 if name.startswith("vimco") else 1, "decode_mebibytes": 64,
+        }  # fmt: skip
+        stage = train_vqvae if name == "vqvae" else train_baseline
+        value = stage._loop(settings, Worker(), None)
+        entries = {file["path"]: (out.read(file["path"]), 0) for file in value["files"]}
+        kind = "VQVAEModel" if name == "vqvae" else "BaselineModel"
+        model = artifact(out, kind, entries, value["facts"])
+        job = {"images": images(root).folder.uri, "model": model.folder.uri, "contender": name, "precision": "fp32",
+               "samples": [3], "tokens": None, "prior": None, "mebibytes": 64, "out": (root / f"{name}-bits").uri,
+               "work": "w", "use_gpu": False, "name": "validation-000000", "threads": 1}  # fmt: skip
+        assert measure_bits.Measurer()(read_shard(job))["error"] == ""
+        measured = json.loads((root / f"{name}-bits").read("validation-000000.json"))
+        key = "reconstruction_bits_per_dim" if name == "vqvae" else "total_bits_per_dim"
+        assert measured[key] == pytest.approx(value["facts"][key], abs=1e-6)
+        found[name] = measured["total_bits_per_dim"]
+    print(found)
+    assert found == pytest.approx(golden["bits_per_dim"], abs=0.02)
+
+
+def test_the_likelihood_table(golden: dict) -> None:
+    settings = {"likelihood": "logistic", "steps": 3, "train_samples": 2, "first_seed": 0}
+    facts = {"split": "test", "images": 4, "samples": [2], "total_bits_per_dim": 4.0, "bound_2_bits_per_dim": 4.0}
+    rows = [row for name in ("vae-0", "vimco-0") for row in likelihood_table.rows_of(name, facts, settings)]
+    text = likelihood_table.markdown(likelihood_table.summarize(rows), settings)
+    assert hash_json([likelihood_table.csv_of(rows), text])[:12] == golden["likelihood_table"]
 
 
 def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
