@@ -15,11 +15,11 @@ from vqvae_core.metrics import PooledPSNR, mean_perplexity, usage
 from vqvae_core.order import mix
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.shapes import Float
+from vqvae_core.table_upkeep import TableUpkeep
 from vqvae_core.train import Piece, StepOutput, Worker, to_device
 from vqvae_core.train_config import Precision
 from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
 
-_START_POINTS_PER_CODE = 16
 _PICTURES, _COLUMNS = 16, 8
 
 
@@ -41,8 +41,8 @@ class VQVAETraining:
         self.model = model
         self._forward: nn.Module = torch.compile(model) if worker.compile else model  # pyright: ignore[reportAttributeAccessIssue]
         self._precision: Precision = precision
-        self._steps, self._steps_per_epoch, self._seed, self._worker = steps, steps_per_epoch, seed, worker
-        self._validation = validation
+        self._upkeep = TableUpkeep(model.quantizer, steps, steps_per_epoch, seed)
+        self._seed, self._worker, self._validation = seed, worker, validation
 
     def _autocast(self) -> torch.autocast:
         device = torch.device(self._worker.device).type
@@ -57,24 +57,14 @@ class VQVAETraining:
         quantizer = self.model.quantizer
         if quantizer.started:
             return
-        count = _START_POINTS_PER_CODE * quantizer.config.num_codes
         total: Tensor | None = None
         for pixels, piece in pieces:
             with torch.no_grad(), self._autocast():
                 rows = quantizer(self.model.encoder(self._images(pixels))).rows
-            points = _drawn(rows, piece, len(pixels), count, mix(self._seed, 1))
+            points = _drawn(rows, piece, len(pixels), self._upkeep.num_start_points, mix(self._seed, 1))
             total = points if total is None else total + points
         assert total is not None
-        worker.all_reduce(total)
-        tables = quantizer.tables()
-        for number, (table, part) in enumerate(zip(tables, total.chunk(len(tables), dim=1), strict=True)):
-            seed = mix(self._seed, 4, number) & (2**63 - 1) if number else self._seed
-            table.start(part, torch.Generator().manual_seed(seed))
-
-    def _revives(self, step: int) -> bool:
-        config = self.model.config.quantizer
-        every = config.revive_every
-        return bool(every) and (step + 1) % every == 0 and step + 1 <= config.revive_until * self._steps
+        self._upkeep.start(total, worker.all_reduce)
 
     def step(self, batch: Tensor, piece: Piece, step: int) -> StepOutput:
         images = self._images(batch)
@@ -82,7 +72,7 @@ class VQVAETraining:
             output = self._forward(images)
         quantized = output.quantized
         statistics = self.model.quantizer.statistics(quantized)
-        if self._revives(step):
+        if self._upkeep.revives(step):
             count = self.model.config.quantizer.num_codes
             statistics.append(_drawn(quantized.rows, piece, len(batch), count, mix(self._seed, 2, step)))
         squared_error = (output.mean.detach().to(images.dtype) - images).square().mean()
@@ -95,25 +85,10 @@ class VQVAETraining:
         return StepOutput(output.loss_nats / images[0].numel(), metrics, statistics)
 
     def after_step(self, statistics: list[Tensor], step: int, optimizer: torch.optim.Optimizer) -> None:
-        quantizer = self.model.quantizer
-        revives = self._revives(step)
-        quantizer.learn(statistics[:-1] if revives else statistics)
-        if revives:
-            tables = quantizer.tables()
-            for table, candidates in zip(tables, statistics[-1].chunk(len(tables), dim=1), strict=True):
-                revived = table.revive(candidates)
-                for value in optimizer.state.get(table.table, {}).values():
-                    if value.shape == table.table.shape:
-                        value[revived] = 0
-        if (step + 1) % self._steps_per_epoch == 0:
-            quantizer.end_epoch()
+        self._upkeep.after_step(statistics, step, optimizer)
 
     def figures(self, since: int, done: int) -> dict[str, float]:
-        """Usage and perplexity of the codes over the whole of the last epoch, in the first point after its end."""
-        if done // self._steps_per_epoch == since // self._steps_per_epoch:
-            return {}
-        counts = self.model.quantizer.epoch_counts().cpu()
-        return {"epoch_usage": usage(counts), "epoch_perplexity": mean_perplexity(counts)}
+        return self._upkeep.figures(since, done)
 
     def validate(self) -> dict[str, float]:
         measured = evaluate(self.model, self._validation, self._precision, self._worker.device)
