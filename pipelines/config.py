@@ -11,6 +11,7 @@ from vqvae_core.contender import NAMES
 from vqvae_core.decoding import ImageFormat
 from vqvae_core.pixelcnn import PixelCNNConfig
 from vqvae_core.sampler import Draw
+from vqvae_core.second_stage import SecondStageConfig
 from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import STRIDE, VQVAEConfig
 
@@ -125,6 +126,31 @@ class CompareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SecondStageRuns:
+    """How often the second stage is trained, and what is shown of it."""
+
+    seeds: int = 3
+    """Trainings of each kind of latents: run i has the seed of its schedule + i."""
+    num_frames: int = 6
+    """Validation frames that are shown."""
+    num_draws: int = 5
+    """Grids drawn for the codes of each."""
+    num_changes: int = 8
+    """Values of one code in the walk that changes one of them."""
+    seed: int = 0
+    """Of the first grid drawn."""
+    draw: Draw = field(default_factory=Draw)
+    """How grids are drawn."""
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "num_frames", "num_draws", "num_changes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, was {getattr(self, name)}")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed must be 0 or more and below 2**62, was {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """On what a run is computed. Nothing here changes a result's fingerprint."""
 
@@ -196,6 +222,12 @@ class PipelineConfig:
     """Samples of the prior."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     """The likelihood table of compare.py: its models take the VQ-VAE's encoder, decoder and schedule."""
+    second_stage: SecondStageConfig = field(default_factory=SecondStageConfig)
+    """The second stage, over the tokens; of pipelines/train_second_stage.py."""
+    train_second_stage: TrainConfig = field(default_factory=TrainConfig)
+    """Training of the second stage."""
+    second_stage_runs: SecondStageRuns = field(default_factory=SecondStageRuns)
+    """How often it is trained, and what is shown of it."""
     resources: Resources = field(default_factory=Resources)
     """Workers, CPUs, GPUs: never part of a fingerprint."""
 

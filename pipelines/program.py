@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.session import Session
@@ -18,20 +18,27 @@ from vqvae_core.train import StoppedError
 from vqvae_core.vqvae import STRIDE
 
 REPORT = "report.html"
+_SCHEDULES = ("train", "train_prior")
 # (pipeline, config) -> a page for the report, or None
 Stages = Callable[[Pipeline, PipelineConfig], Callable[[float], bytes] | None]
 
 
 def conduct(
-    options: cli.Options, stages: Stages, *, program: str = "full", report: str = REPORT
+    options: cli.Options,
+    stages: Stages,
+    *,
+    program: str = "full",
+    report: str = REPORT,
+    schedules: Sequence[str] = _SCHEDULES,
 ) -> tuple[Pipeline, str]:
     """Run stages with a session and a tracked run, and write the page that they return.
 
     program: part of the tracked run's identity, and of its name where it is not the whole pipeline. report: the page's
-    name in the root. Returns the pipeline and the last lines to print.
+    name in the root. schedules: the fields of the config that it trains by. Returns the pipeline and the last lines to
+    print.
     """
     begin = time.monotonic()
-    config, root = resolve(options.config), Folder.of(options.root)
+    config, root = resolve(options.config, schedules), Folder.of(options.root)
     root.check_writable()
     config.data.check()
     resolved = config_to_manifest(config)
@@ -61,13 +68,10 @@ def conduct(
     return pipeline, _summary(pipeline, time.monotonic() - begin, report if page is not None else None)
 
 
-def resolve(config: PipelineConfig) -> PipelineConfig:
-    """The config with nothing left to be found out on a machine. Raises `InputError` where its parts do not fit."""
-    schedules = {
-        item.name: schedule
-        for item in dataclasses.fields(config)
-        if item.name.startswith("train") and (schedule := getattr(config, item.name)) is not None
-    }
+def resolve(config: PipelineConfig, names: Sequence[str] = _SCHEDULES) -> PipelineConfig:
+    """The config with nothing left to be found out on a machine, for a run that trains by these schedules of it. Raises
+    `InputError` where its parts do not fit."""
+    schedules = {name: getattr(config, name) for name in names}
     for name, schedule in schedules.items():
         if schedule.num_lanes % config.resources.num_workers:
             option = f"--{name.replace('_', '-')}.num-lanes"

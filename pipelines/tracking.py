@@ -23,6 +23,8 @@ _SHOWN = (
     "data.json",
     "reconstructions.png",
     "samples.png",
+    "decodings.png",
+    "walk.png",
     "table.md",
     "table.csv",
 )  # files to look at in a run

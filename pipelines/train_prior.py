@@ -83,15 +83,19 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
     return {"files": write_files(Folder(settings["out"]), out), "facts": facts}
 
 
-def read_tokens(shards: TokenShards, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, int64 (N, H, W, G), and labels (N,) of the first images of the validation split."""
+def read_tokens(
+    shards: TokenShards, limit: int | None = None, split: str = "validation"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, int64 (N, H, W, G), and labels (N,) of the first images of a split."""
     tokens, labels = [], []
-    for path in shards.shards("validation"):
+    for path in shards.shards(split):
+        if limit is not None and sum(map(len, tokens)) >= limit:
+            break
         table = shards.read(path)
         tokens.append(table.tokens.astype(np.int64))
         labels.append(table.labels.astype(np.int64))
     if not tokens or not sum(map(len, tokens)):
-        raise InputError(f"expected a validation split in {shards.artifact.folder.uri}, found no row")
+        raise InputError(f"expected a {split} split in {shards.artifact.folder.uri}, found no row")
     return torch.from_numpy(np.concatenate(tokens)[:limit]), torch.from_numpy(np.concatenate(labels)[:limit])
 
 

@@ -16,9 +16,11 @@ from pipelines import (
     measure_bits,
     sample,
     shard,
+    show_second_stage,
     tokenize_images,
     train_baseline,
     train_prior,
+    train_second_stage,
     train_vqvae,
 )
 from pipelines.config import SampleConfig
@@ -35,6 +37,7 @@ from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
 from vqvae_core.prior import Prior
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.sampler import Draw
+from vqvae_core.second_stage import KINDS, SecondStageConfig
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape, read_parquet
 from vqvae_core.train import Worker
@@ -52,6 +55,14 @@ TRAIN = TrainConfig(
     steps=6, batch_size=4, num_lanes=2, learning_rate=1e-3, precision="fp32", log_every=2, validate_every=6
 )
 PRIOR_CONFIG = PixelCNNConfig(channels=8, num_layers=2, first_kernel_size=3, head_channels=8)
+
+SECOND_STAGE_CONFIG = SecondStageConfig(
+    channels=8,
+    residual_channels=8,
+    num_residual_blocks=1,
+    quantizer=QuantizerConfig(num_codes=4, code_dim=2, num_groups=3, learn_by="moving_average", revive_every=2),
+    decoder=PRIOR_CONFIG,
+)
 
 
 def weights(model: torch.nn.Module) -> torch.nn.Module:
@@ -107,7 +118,7 @@ def golden() -> dict:
 
 def test_versions(golden: dict) -> None:
     modules = (index, shard, train_vqvae, tokenize_images, train_prior, sample, train_baseline, measure_bits,
-               likelihood_table)  # fmt: skip
+               likelihood_table, train_second_stage, show_second_stage)  # fmt: skip
     assert {module.__name__.split(".")[1]: module.VERSION for module in modules} == golden["versions"]
 
 
@@ -180,15 +191,28 @@ def test_the_likelihood_table(golden: dict) -> None:
     assert hash_json([likelihood_table.csv_of(rows), text])[:12] == golden["likelihood_table"]
 
 
+def tokens(root: Folder) -> Artifact:
+    facts = {"shape": {"H": 4, "W": 4, "G": 1, "K": 16}, "label_map": {"a": 0, "b": 1}, "model": "VQVAEModel"}
+    return artifact(root / "ts", "TokenShards", tokens_of(root), facts)
+
+
+def test_train_second_stage_and_show(tmp_path: Path, golden: dict) -> None:
+    """The figures of one run, and so the numbers of the table."""
+    root = Folder.of(tmp_path)
+    place, facts = tokens(root).folder.uri, {}
+    for kind in KINDS:
+        model = dataclasses.asdict(SECOND_STAGE_CONFIG.with_latents(kind))
+        settings = {"tokens": place, "model": model, "out": (root / kind).uri, "train": dataclasses.asdict(TRAIN),
+                    "identity": "w"}  # fmt: skip
+        facts[kind] = train_second_stage._loop(settings, Worker(), None)["facts"]
+    row = show_second_stage.figures_of(facts)
+    print({name: round(value, 4) for name, value in row.items()})
+    assert {name: row[name] for name in golden["second_stage"]} == pytest.approx(golden["second_stage"], abs=0.02)
+
+
 def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
     root = Folder.of(tmp_path)
-    shape = {"H": 4, "W": 4, "G": 1, "K": 16}
-    artifact(
-        root / "ts",
-        "TokenShards",
-        tokens_of(root),
-        {"shape": shape, "label_map": {"a": 0, "b": 1}, "model": "VQVAEModel"},
-    )
+    tokens(root)
     settings = {
         "tokens": (root / "ts").uri, "model": dataclasses.asdict(PRIOR_CONFIG), "out": (root / "p").uri,
         "train": dataclasses.asdict(TRAIN), "identity": "w",

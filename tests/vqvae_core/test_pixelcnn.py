@@ -55,8 +55,9 @@ def sees(config: PixelCNNConfig, down: int, across: int) -> bool:
 
 
 def shipped() -> dict[str, PixelCNNConfig]:
-    """The kernels of each preset's prior, with as many layers as the small grid needs and few channels."""
+    """The kernels of each preset's prior and decoder, with as many layers as the small grid needs and few channels."""
     configs = {name: preset.prior for name, (preset, _) in PRESETS.items()}
+    configs |= {f"{name}, second stage": preset.second_stage.decoder for name, (preset, _) in PRESETS.items()}
     return {
         name: replace(config, channels=4, head_channels=4, num_layers=min(config.num_layers, 4))
         for name, config in configs.items()
