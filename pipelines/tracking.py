@@ -25,6 +25,9 @@ _SHOWN = (
     "samples.png",
     "table.md",
     "table.csv",
+    "evaluation.png",
+    "evaluation.json",
+    "evaluation.md",
 )  # files to look at in a run
 
 

@@ -72,7 +72,7 @@ class RunningGaussian:
     rounding."""
 
     def __init__(self, num_features: int) -> None:
-        self.count = 0
+        self.count, self.num_features = 0, num_features
         self._mean = torch.zeros(num_features, dtype=torch.float64)
         self._scatter = torch.zeros(num_features, num_features, dtype=torch.float64)  # sum of squares about the mean
 
