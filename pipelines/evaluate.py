@@ -22,6 +22,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.data_report import REPORT as DATA_REPORT
 from pipelines.extractor import Extractor, NamedFile, Network, PerceptualDistance
 from pipelines.image_metrics import num_scales
+from pipelines.measure_bits import held_out
 from pipelines.meter import IMAGES, STAGING, Meter, as_taken, decoded, read_arrays, read_part, tokens_of
 from pipelines.progress import Progress
 from pipelines.sample import KIND as SAMPLES_KIND
@@ -140,14 +141,6 @@ def evaluate(
     return made
 
 
-def held_out(images: ImageShards) -> str:
-    """The split that is measured. Raises `InputError` where there is none."""
-    for split in ("test", "validation"):
-        if images.num_images(split):
-            return split
-    raise InputError(f"expected a test or validation split in {images.artifact.folder.uri}, found no image of either")
-
-
 @dataclass
 class _Sums:
     """What parts add up to, in their order."""
@@ -176,6 +169,11 @@ class _Build:
         self._pipeline, self._images, self._vqvae, self._tokens = pipeline, images, vqvae, tokens
         self._samples, self._judges, self._space = samples, judges, space
         self._split = held_out(images)
+        if not images.num_images(self._split):
+            raise InputError(
+                f"expected a test or validation split in {images.artifact.folder.uri}, found no image of either; give "
+                "the source one"
+            )
         self._size = vqvae.facts["image_size"]
         self._shards = {path.removesuffix(".tar"): path for path in images.shards(self._split)}
         self._parts = [] if samples is None else _parts(samples)

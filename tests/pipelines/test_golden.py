@@ -221,9 +221,9 @@ def test_evaluate(tmp_path: Path, golden: dict) -> None:
     root = Folder.of(tmp_path)
     facts = {"shape": {"H": 4, "W": 4, "G": 1, "K": 16}, "label_map": {"a": 0, "b": 1}, "model": "VQVAEModel"}
     tokens, model = artifact(root / "ts", "TokenShards", tokens_of(root), facts), vqvae(root)
-    job = {"images": images(root).folder.uri, "vqvae": model.folder.uri, "tokens": tokens.folder.uri,
-           "prior": prior_of(root, model).folder.uri, "samples": None, "judges": {}, "out": (root / "e").uri, "work": "w",
-           "name": "validation-000000", "threads": 1, "use_gpu": False}  # fmt: skip
+    inputs = {"images": images(root), "vqvae": model, "tokens": tokens, "prior": prior_of(root, model)}
+    job = {**{name: each.folder.uri for name, each in inputs.items()}, "samples": None, "judges": {}, "work": "w",
+           "out": (root / "e").uri, "name": "validation-000000", "threads": 1, "use_gpu": False}  # fmt: skip
     assert meter.Meter()(meter.read_part(job))["error"] == ""
     table = pq.read_table(io.BytesIO((root / "e").read("validation-000000.parquet"))).to_pydict()
     for name, tolerance in {"psnr_db": 0.02, "ssim": 0.001, "latent_nats": 0.05}.items():
