@@ -48,6 +48,8 @@ FIGURES, TABLE, PICTURE, STATISTICS = "evaluation.json", "evaluation.md", "evalu
 _COLUMNS = 8
 _NO_BITS = "a density has no bits: train with --vqvae.likelihood.kind logistic"
 _BOUND = "an upper bound on -log2 p(x), since it counts one code alone (ELBO)"
+_CARD = ("split", "num_images", "num_samples", "resize", "crop", "extractor", "extractor_sha256", "num_features",
+         "network", "network_sha256", "reference", "reference_sha256", "note")  # fmt: skip
 # name, label, format, what it is
 _DEFINITIONS = (
     ("psnr_db", "PSNR", "{:.2f} dB", "from the mean squared error over every pixel value of all images, peak 255"),
@@ -423,8 +425,8 @@ def markdown(page: Mapping[str, Any]) -> str:
 
 
 def card_text(card: Mapping[str, Any]) -> str:
-    """A card in one line: what a figure depends on, beside the images."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in card.items() if value is not None)
+    """A card in one line: what a figure depends on, beside the images. A manifest keeps no order of names."""
+    return ", ".join(f"{name.replace('_', ' ')} {card[name]}" for name in _CARD if card.get(name) is not None)
 
 
 def _parts(samples: Artifact) -> list[str]:

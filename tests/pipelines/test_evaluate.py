@@ -268,6 +268,10 @@ def test_frechet_distances_and_their_card(tmp_path: Path, files: dict[str, str])
             "extractor_sha256": hash_bytes(extractor()), "resize": "none", "crop": "none", "num_features": 6,
             "reference": "originals of the validation split", "reference_sha256": hash_bytes(statistics)}  # fmt: skip
     assert made.facts["card"] == page(made)["card"] == card
+    assert set(card) <= set(stage._CARD)
+    assert stage.card_text(card).startswith(
+        "split validation, num images 14, num samples 9, resize none, crop none, extr"
+    )
     assert made.facts["lpips_card"]["network_sha256"] == hash_bytes(distance())
     text = made.read(TABLE).decode()
     for value in card.values():
