@@ -151,6 +151,23 @@ class SecondStageRuns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured on held-out images beside what needs no file. Files are named, local or s3://, and never
+    downloaded from elsewhere; a recipe holds the hashes of their contents."""
+
+    lpips: str | None = field(default=None, metadata={"hashed": False})
+    """An ONNX file for LPIPS: two batches of pictures to a distance of each pair."""
+    extractor: str | None = field(default=None, metadata={"hashed": False})
+    """An ONNX file for FID: a batch of pictures to features (N, F)."""
+    reference: str | None = field(default=None, metadata={"hashed": False})
+    """A .npz with the mu (F,) and sigma (F, F) that samples are compared with; None: those of the held-out images."""
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and self.extractor is None:
+            raise ValueError("reference belongs to an extractor: name the one that made it with --evaluate.extractor")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resources:
     """On what a run is computed. Nothing here changes a result's fingerprint."""
 
@@ -202,7 +219,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """Raw images to tokens, a prior and samples."""
+    """Raw images to tokens, a prior, samples and figures."""
 
     data: AnySource = field(default_factory=ViZDoomSource)
     """Where images come from."""
@@ -222,6 +239,8 @@ class PipelineConfig:
     """Samples of the prior."""
     compare: CompareConfig = field(default_factory=CompareConfig)
     """The likelihood table of compare.py: its models take the VQ-VAE's encoder, decoder and schedule."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Figures on held-out images."""
     second_stage: SecondStageConfig = field(default_factory=SecondStageConfig)
     """The second stage, over the tokens; of pipelines/train_second_stage.py."""
     train_second_stage: TrainConfig = field(default_factory=TrainConfig)

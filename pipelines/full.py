@@ -1,4 +1,4 @@
-"""The whole pipeline: source to image shards, VQ-VAE, tokens, prior, samples and a report.
+"""The whole pipeline: source to image shards, VQ-VAE, tokens, prior, samples, figures and a report.
 
     python pipelines/full.py --preset doom84 --root runs/doom84
 
@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from pipelines import cli
 from pipelines.config import PipelineConfig
+from pipelines.evaluate import NO_JUDGES, Judges, card_text, evaluate
 from pipelines.program import conduct
 from pipelines.report import make_report
 from pipelines.sample import sample
@@ -19,24 +20,27 @@ from pipelines.tokenize_images import tokenize_images
 from pipelines.train_prior import train_prior
 from pipelines.train_vqvae import train_vqvae
 
+LAST = "evaluate"
 
-def main(arguments: list[str], until: str = "sample") -> None:
+
+def main(arguments: list[str], until: str = LAST) -> None:
     """Run the stages in order, up to and with `until`; each stage's own file runs up to itself."""
     options = cli.parse(arguments)
+    judges = Judges.read(options.config.evaluate) if until == LAST else NO_JUDGES
 
     def stages(pipeline: Pipeline, config: PipelineConfig) -> Callable[[float], bytes] | None:
-        _stages(pipeline, config, until)
-        if until != "sample":
+        _stages(pipeline, config, until, judges)
+        if until != LAST:
             return None
         return lambda seconds: make_report(options.preset, pipeline.reports, pipeline.config, seconds)
 
     pipeline, summary = conduct(options, stages)
-    if until == "sample":
+    if until == LAST:
         _figures(pipeline)
     print(summary)
 
 
-def _stages(pipeline: Pipeline, config: PipelineConfig, until: str) -> None:
+def _stages(pipeline: Pipeline, config: PipelineConfig, until: str, judges: Judges) -> None:
     images = shard(pipeline, config.data, config.shard)
     if until == "shard":
         return
@@ -49,7 +53,10 @@ def _stages(pipeline: Pipeline, config: PipelineConfig, until: str) -> None:
     prior = train_prior(pipeline, config, tokens)
     if until == "train_prior":
         return
-    sample(pipeline, config.sample, prior, vqvae)
+    samples = sample(pipeline, config.sample, prior, vqvae)
+    if until == "sample":
+        return
+    evaluate(pipeline, images, vqvae, tokens, prior, samples, judges)
 
 
 def _figures(pipeline: Pipeline) -> None:
@@ -65,6 +72,15 @@ def _figures(pipeline: Pipeline) -> None:
     )
     print(f"codes: perplexity {model['perplexity']:.0f} of {model['K']}, {100 * model['usage']:.1f} % in use")
     print(f"prior: {prior['bits_per_token']:.3f} bits/token, {abs(gain):.2f} {side} the tokens' unigram entropy")
+    measured = facts["evaluate"]
+    shown = {"ssim": "SSIM {:.4f}", "ms_ssim": "MS-SSIM {:.4f}", "lpips": "LPIPS {:.4f}", "rfid": "rFID {:.3f}",
+             "fid": "FID of samples {:.3f}", "total_bits_per_dim_uniform": "{:.4f} bits/dim (uniform prior)",
+             "total_bits_per_dim": "{:.4f} (learned prior)"}  # fmt: skip
+    parts = [form.format(measured[name]) for name, form in shown.items() if measured[name] is not None]
+    print(f"{measured['split']}, {measured['num_images']:,} images: {', '.join(parts) or 'too small for SSIM'}")
+    for title, card in (("FID", measured["card"]), ("LPIPS", measured["lpips_card"])):
+        if card is not None:
+            print(f"{title} card: {card_text(card)}")
 
 
 if __name__ == "__main__":

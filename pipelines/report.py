@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.data_report import REPORT as DATA_REPORT
 from pipelines.data_report import SHEET
+from pipelines.evaluate import FIGURES, PICTURE, card_text
 from pipelines.plan import SPLITS
 from pipelines.sample import GRID
 from pipelines.stage import StageReport
@@ -37,7 +38,7 @@ def make_report(name: str, reports: list[StageReport], config: Mapping[str, Any]
     """The page as HTML. reports: what happened to each stage of this run."""
     stages = {report.name: report.artifact for report in reports}
     parts = [
-        f"<p class=lead>Raw frames to tokens, a prior and samples. This run took {seconds:.0f} s.</p>",
+        f"<p class=lead>Raw frames to tokens, a prior, samples and figures. This run took {seconds:.0f} s.</p>",
         "<h2>Data</h2>",
         picture(stages["shard"], SHEET, "Images of the train split, as they are in the shards."),
         _data(stages["shard"]),
@@ -45,6 +46,13 @@ def make_report(name: str, reports: list[StageReport], config: Mapping[str, Any]
         picture(stages["train_vqvae"], RECONSTRUCTIONS, "Validation images; below them their reconstructions."),
         "<h2>Samples of the prior</h2>",
         picture(stages["sample"], GRID, "Tokens drawn from the prior, one seed each, decoded."),
+        "<h2>Evaluation on held-out images</h2>",
+        picture(
+            stages["evaluate"],
+            PICTURE,
+            "Originals over reconstructions: the worst by PSNR, the middle and the best, each from low to high.",
+        ),
+        _evaluation(stages["evaluate"]),
         "<h2>Numbers</h2>",
         _numbers(stages),
         "<h2>Training</h2>",
@@ -173,6 +181,25 @@ def _numbers(stages: Mapping[str, Artifact]) -> str:
         ("Latents, uniform prior", f"{prior['latent_bits_per_dim_uniform']:.4f} bits/dim", "log2 K for each token"),
     ]
     return _table(rows)
+
+
+def _evaluation(evaluation: Artifact) -> str:
+    """What the evaluate stage found, and what its figures depend on."""
+    found = json.loads(evaluation.read(FIGURES))
+    lead = (
+        f"{found['num_images']:,} images of the {found['split']} split, {found['image_size']} x {found['image_size']}."
+    )
+    rows = [
+        (figure["label"], figure["text"], figure["definition"] if figure["reason"] is None else figure["reason"])
+        for figure in found["figures"].values()
+    ]
+    cards = [
+        f"<p><small>{title}: {html.escape(card_text(card))}.</small></p>"
+        for title, card in (("FID", found["card"]), ("LPIPS", found["lpips_card"]))
+        if card is not None
+    ]
+    notes = [f"<p><small>{html.escape(note)}</small></p>" for note in found["notes"]]
+    return "".join([f"<p>{lead}</p>", _table(rows), *cards, *notes])
 
 
 def _curves(stages: Mapping[str, Artifact]) -> str:

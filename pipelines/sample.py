@@ -379,4 +379,4 @@ if __name__ == "__main__":
     from pipelines import cli, full
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    cli.run(lambda arguments: (full.main if _of_the_pipeline(arguments) else main)(arguments))
+    cli.run(lambda arguments: full.main(arguments, until="sample") if _of_the_pipeline(arguments) else main(arguments))

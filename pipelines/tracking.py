@@ -27,6 +27,9 @@ _SHOWN = (
     "walk.png",
     "table.md",
     "table.csv",
+    "evaluation.png",
+    "evaluation.json",
+    "evaluation.md",
 )  # files to look at in a run
 
 

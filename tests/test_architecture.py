@@ -27,6 +27,8 @@ CONFINED = {
     "matplotlib": {"pipelines/report.py"},
     "simplejpeg": {"vqvae_core/decoding.py"},
     "tqdm": {"pipelines/progress.py"},
+    "torchmetrics": {"pipelines/image_metrics.py"},
+    "onnxruntime": {"pipelines/extractor.py"},
     "ray": {
         "pipelines/stage.py",
         "pipelines/ray_train.py",

@@ -19,15 +19,26 @@ class PooledPSNR:
     def add(self, pixels: Tensor | np.ndarray, reference: Tensor | np.ndarray) -> None:
         """Two uint8 arrays of one shape, (N, ...)."""
         found, expected = torch.as_tensor(pixels), torch.as_tensor(reference)
-        for part, other in zip(found.split(_CHUNK), expected.split(_CHUNK), strict=True):
-            self.squared_error += float((part.to(torch.float64) - other.to(torch.float64)).square().sum())
-            self.num_values += part.numel()
+        self.add_errors(float(squared_errors(found, expected).sum()), found.numel())
+
+    def add_errors(self, squared_error: float, num_values: int) -> None:
+        """What `squared_errors` found of so many values."""
+        self.squared_error += squared_error
+        self.num_values += num_values
 
     @property
     def decibels(self) -> float:
         """inf for a perfect copy; raises ZeroDivisionError before the first image."""
         mean = self.squared_error / self.num_values
         return math.inf if mean == 0 else 10 * math.log10(255**2 / mean)
+
+
+def squared_errors(pixels: Tensor, reference: Tensor) -> Tensor:
+    """The sum of squared differences of each image, float64 (N,), of two uint8 tensors of one shape, (N, ...). Exact:
+    these are whole numbers."""
+    parts = zip(pixels.split(_CHUNK), reference.split(_CHUNK), strict=True)
+    found = [(part.to(torch.float64) - other.to(torch.float64)).square() for part, other in parts]
+    return torch.cat([each.reshape(len(each), -1).sum(dim=1) for each in found])
 
 
 def entropy_bits(counts: Tensor | np.ndarray) -> float:

@@ -78,19 +78,27 @@ def left_out(share: float, piece: Piece, count: int, seed: int) -> Tensor:
     return torch.rand(piece.batch_size, generator=generator)[piece.first : piece.first + count] < share
 
 
-@torch.no_grad()
 def bits_per_token(
     model: PixelCNN, tokens: Tensor, labels: Tensor, precision: Precision, device: str = "cpu", batch_size: int = 64
 ) -> float:
     """-log2 p(tokens | label), the mean over all codes of tokens (N, H, W, G)."""
-    total_nats = 0.0
+    total_nats = float(grid_nll_nats(model, tokens, labels, precision, device, batch_size).sum())
+    return total_nats / tokens.numel() / math.log(2)
+
+
+@torch.no_grad()
+def grid_nll_nats(
+    model: PixelCNN, tokens: Tensor, labels: Tensor, precision: Precision, device: str = "cpu", batch_size: int = 64
+) -> Tensor:
+    """-log p(tokens | label) of each grid of tokens (N, H, W, G): float64 (N,)."""
+    found = [torch.zeros(0, dtype=torch.float64)]
     for start in range(0, len(tokens), batch_size):
         stop = start + batch_size
         told = labelled(model, labels[start:stop].to(device))
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             nll = model.nll_nats(tokens[start:stop].to(device), told)
-        total_nats += float(nll.double().sum())
-    return total_nats / tokens.numel() / math.log(2)
+        found.append(nll.double().flatten(1).sum(dim=1).cpu())
+    return torch.cat(found)
 
 
 def latent_bits_per_dim(bits_per_token: float, shape: TokenShape) -> float:

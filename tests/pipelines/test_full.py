@@ -15,13 +15,14 @@ import pytest
 import webdataset
 
 from tests.pipelines.test_cli import ROOT, assert_one_line, full
+from tests.pipelines.test_extractor import extractor
 from vqvae_core.artifacts import MANIFEST, Artifact
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShards
 
 pytestmark = pytest.mark.slow
-STAGES = ("index", "shard", "train_vqvae", "tokenize", "train_prior", "sample")
+STAGES = ("index", "shard", "train_vqvae", "tokenize", "train_prior", "sample", "evaluate")
 
 
 def smoke(root: Path, *arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
@@ -108,7 +109,7 @@ def test_a_second_run_does_no_work(done: tuple[Path, str]) -> None:
     assert seconds < 60, "reuse must not start Ray"
 
 
-@pytest.mark.parametrize(("script", "count"), [("shard", 2), ("tokenize_images", 4), ("sample", 6)])
+@pytest.mark.parametrize(("script", "count"), [("shard", 2), ("tokenize_images", 4), ("sample", 6), ("evaluate", 7)])
 def test_each_stage_is_a_script(done: tuple[Path, str], script: str, count: int) -> None:
     """It runs the stages up to itself."""
     command = [sys.executable, str(ROOT / "pipelines" / f"{script}.py"), "--preset", "smoke", "--root", str(done[0])]
@@ -164,8 +165,9 @@ def test_a_changed_field_remakes_what_depends_on_it(done: tuple[Path, str]) -> N
     result = smoke(done[0], "--sample.seed", "7", "--no-track")
     assert result.returncode == 0, result.stderr
     assert re.findall(r"^(\w+): (reused|made)", result.stdout, re.MULTILINE) == [
-        *((stage, "reused") for stage in STAGES[:-1]),
+        *((stage, "reused") for stage in STAGES[:-2]),
         ("sample", "made"),
+        ("evaluate", "reused"),  # samples are measured where an extractor is given, and only there
     ]
 
 
@@ -178,12 +180,14 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         assert {status for *_, status in runs} == {"FINISHED"}
         ids = {name: run for run, name, _ in runs}
         parents = store.execute("select value from tags where key = 'mlflow.parentRunId'").fetchall()
-        assert parents == [(ids["smoke"],)] * 6
+        assert parents == [(ids["smoke"],)] * len(STAGES)
         query = "select count(*) from metrics where run_uuid = ? and key = ?"
         assert store.execute(query, (ids["train_vqvae"], "mse")).fetchone() == (6,)
         assert store.execute(query, (ids["train_vqvae"], "epoch_usage")).fetchone() == (2,)
         assert store.execute(query, (ids["train_vqvae"], "usage_alarm")).fetchone() == (2,)
         assert store.execute(query, (ids["train_prior"], "validation_bits_per_token")).fetchone() == (2,)
+        for name in ("psnr_db", "ssim", "ms_ssim", "ms_ssim_scales", "bits_per_token", "perplexity"):
+            assert store.execute(query, (ids["evaluate"], f"final.{name}")).fetchone() == (1,)
         params = dict(store.execute("select key, value from params where run_uuid = ?", (ids["smoke"],)).fetchall())
         assert params["train.batch_size"] == "8"
         digests = {row[0] for row in store.execute("select digest from datasets").fetchall()}
@@ -198,6 +202,8 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         "reconstructions-000012.png",  # a grid at each validation
         "reconstructions-000024.png",
         "samples.png",
+        "evaluation.png",
+        "evaluation.json",
         "report.html",
         "model.safetensors",
     } <= names
@@ -205,7 +211,7 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
 
 def test_the_report_is_self_contained(done: tuple[Path, str]) -> None:
     page = (done[0] / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert page.count("data:image/svg+xml;base64,") == 4
     assert not re.search(r"(src|href)=[\"']?https?:", page)
     for word in ("Reconstructions", "Samples of the prior", "PSNR", "bits/token", "train_vqvae"):
@@ -217,13 +223,44 @@ def test_the_report_is_self_contained(done: tuple[Path, str]) -> None:
     for name, value in cells.items():
         assert f"<tr><th>{name}</th><td class=number>{value}</td>" in page
     assert "pixels RGB: 144" in page
+    found = artifacts(done[0])["evaluate"].facts
+    assert "48 images of the validation split, 32 x 32." in page
+    for name, value in {"SSIM": f"{found['ssim']:.4f}", "MS-SSIM": f"{found['ms_ssim']:.4f}", "rFID": "-"}.items():
+        assert f"<tr><th>{name}</th><td class=number>{value}</td>" in page
+
+
+def test_the_figures_of_the_evaluation(done: tuple[Path, str]) -> None:
+    """On the validation split they are those that training ended with, but for bf16."""
+    made = artifacts(done[0])
+    figures, model, prior = (made[stage].facts for stage in ("evaluate", "train_vqvae", "train_prior"))
+    assert figures["psnr_db"] == pytest.approx(model["psnr_db"], abs=0.05)
+    assert figures["perplexity"] == pytest.approx(model["perplexity"], rel=0.05)
+    assert figures["bits_per_token"] == pytest.approx(prior["bits_per_token"], abs=0.02)
+    assert figures["unigram_bits_per_token"] == pytest.approx(prior["unigram_bits_per_token"], abs=0.02)
+    assert (figures["split"], figures["num_images"], figures["ms_ssim_scales"]) == ("validation", 48, 2)
+    assert f"validation, 48 images: SSIM {figures['ssim']:.4f}, MS-SSIM {figures['ms_ssim']:.4f}\n" in done[1]
+
+
+@pytest.mark.parametrize("script", ["full", "evaluate"])
+def test_an_extractor_and_its_card(done: tuple[Path, str], tmp_path: Path, script: str) -> None:
+    """By Ray, out of a file; what is there is reused, and a file that is not there ends the run before it begins."""
+    (tmp_path / "net.onnx").write_bytes(extractor())
+    options = ["--preset", "smoke", "--root", str(done[0]), "--no-track", "--evaluate.extractor"]
+    result = program(script, *options, str(tmp_path / "net.onnx"))
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^sample: reused", result.stdout, re.MULTILINE)
+    card = "FID card: split validation, num images 48, num samples 4, resize none, crop none, extractor net.onnx, "
+    assert f"\n{card}extractor sha256 " in result.stdout
+    assert re.search(r"rFID \d+\.\d+, FID of samples \d+\.\d+", result.stdout)
+    missing = program(script, *options, str(tmp_path / "none.onnx"))
+    assert_one_line(missing, "expected a file at", "(--evaluate.extractor), found no such file; nothing is downloaded")
 
 
 def test_a_config_is_replayed_from_a_manifest(done: tuple[Path, str]) -> None:
     manifest = artifacts(done[0])["sample"].folder.path(MANIFEST)
     result = full("--preset", "smoke", "--root", str(done[0]), "--config", manifest, "--no-track")
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(r": reused", result.stdout)) == 6
+    assert len(re.findall(r": reused", result.stdout)) == len(STAGES)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +333,7 @@ KILLS = {
     "tokenize": has("tokenize-*/sidecars/*.json"),
     "train_prior": has_checkpoint("train_prior"),
     "sample": has("sample-*/sidecars/part-000000.json"),
+    "evaluate": has("evaluate-*/sidecars/validation-000000.json"),
 }
 
 
@@ -304,7 +342,7 @@ def test_a_killed_driver_goes_on(done: tuple[Path, str], tmp_path: Path, where: 
     """Nothing finished is done again, and the shards and tokens are those of an uninterrupted run."""
     root = tmp_path / "root"
     steps = ["--train.steps", "600", "--train-prior.steps", "400", "--no-track"]
-    kill_when(root, KILLS[where], *steps)
+    kill_when(root, KILLS[where], *steps, timeout=240)
     sidecars = {path: path.stat().st_mtime_ns for path in root.rglob("sidecars/*.json") if "staging" not in path.parts}
     manifests = {path: path.stat().st_mtime_ns for path in root.glob(f"*/{MANIFEST}")}
     result = smoke(root, *steps)
@@ -357,7 +395,7 @@ def test_a_torn_and_an_altered_checkpoint(tmp_path: Path) -> None:
     assert artifacts(other)["train_vqvae"].files == made.files
 
 
-@pytest.mark.parametrize("stage", ["tokenize", "sample"])
+@pytest.mark.parametrize("stage", ["tokenize", "sample", "evaluate"])
 def test_a_flipped_byte_that_a_task_finds(done: tuple[Path, str], tmp_path: Path, stage: str) -> None:
     copy = tmp_path / "root"
     subprocess.run(["cp", "-r", str(done[0]), str(copy)], check=True)

@@ -2,6 +2,7 @@
 new values. Floating-point results may differ in the last digits between machines: tokens agree in 99 %, not all."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from pipelines import (
+    evaluate,
     index,
     likelihood_table,
     measure_bits,
+    meter,
     sample,
     shard,
     show_second_stage,
@@ -99,6 +102,13 @@ def vqvae(root: Folder) -> Artifact:
     return artifact(root / "m", "VQVAEModel", files, {"K": 16, "precision": "fp32", "image_size": 16})
 
 
+def prior_of(root: Folder, model: Artifact) -> Artifact:
+    network = weights(PixelCNN(PRIOR_CONFIG, TokenShape(height=4, width=4, num_groups=1, num_codes=16), 2))
+    prior = Prior(network, {"a": 0, "b": 1}, model.manifest.fingerprint)  # type: ignore[arg-type]
+    files = {name: (data, 0) for name, data in prior.files(dataclasses.asdict(PRIOR_CONFIG)).items()}
+    return artifact(root / "pm", "PriorModel", files, {})
+
+
 def tokens_of(root: Folder) -> dict[str, tuple[bytes, int]]:
     """The tokenize stage's own parts, run here."""
     made = {}
@@ -118,7 +128,7 @@ def golden() -> dict:
 
 def test_versions(golden: dict) -> None:
     modules = (index, shard, train_vqvae, tokenize_images, train_prior, sample, train_baseline, measure_bits,
-               likelihood_table, train_second_stage, show_second_stage)  # fmt: skip
+               likelihood_table, train_second_stage, show_second_stage, evaluate)  # fmt: skip
     assert {module.__name__.split(".")[1]: module.VERSION for module in modules} == golden["versions"]
 
 
@@ -219,11 +229,8 @@ def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
     }  # fmt: skip
     value = train_prior._loop(settings, Worker(), None)
     assert value["facts"]["bits_per_token"] == pytest.approx(golden["bits_per_token"], abs=0.01)
-    network = weights(PixelCNN(PRIOR_CONFIG, TokenShape(height=4, width=4, num_groups=1, num_codes=16), 2))
     model = vqvae(root)
-    prior = Prior(network, {"a": 0, "b": 1}, model.manifest.fingerprint)  # type: ignore[arg-type]
-    files = {name: (data, 0) for name, data in prior.files(dataclasses.asdict(PRIOR_CONFIG)).items()}
-    made = artifact(root / "pm", "PriorModel", files, {})
+    made = prior_of(root, model)
     config = SampleConfig(num_images=3, seed=5, batch_size=4, draw=Draw(temperature=0.9))
     job = {"prior": made.folder.uri, "vqvae": model.folder.uri, "out": (root / "s").uri, "work": "w",
            "name": "part-000000", "first": 0, "count": 3, "config": dataclasses.asdict(config), "labels": [0, 1],
@@ -232,3 +239,16 @@ def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
     table = read_parquet((root / "s").read("part-000000.parquet"), "here")
     assert table.labels.tolist() == [1, 0, 1]  # by seed: 5, 6, 7
     assert (table.tokens.flatten() == golden["samples"]).mean() >= 0.99
+
+
+def test_evaluate(tmp_path: Path, golden: dict) -> None:
+    root = Folder.of(tmp_path)
+    facts = {"shape": {"H": 4, "W": 4, "G": 1, "K": 16}, "label_map": {"a": 0, "b": 1}, "model": "VQVAEModel"}
+    tokens, model = artifact(root / "ts", "TokenShards", tokens_of(root), facts), vqvae(root)
+    inputs = {"images": images(root), "vqvae": model, "tokens": tokens, "prior": prior_of(root, model)}
+    job = {**{name: each.folder.uri for name, each in inputs.items()}, "samples": None, "judges": {}, "work": "w",
+           "out": (root / "e").uri, "name": "validation-000000", "threads": 1, "use_gpu": False}  # fmt: skip
+    assert meter.Meter()(meter.read_part(job))["error"] == ""
+    table = pq.read_table(io.BytesIO((root / "e").read("validation-000000.parquet"))).to_pydict()
+    for name, tolerance in {"psnr_db": 0.02, "ssim": 0.001, "latent_nats": 0.05}.items():
+        assert table[name] == pytest.approx(golden["evaluate"][name], abs=tolerance), name
