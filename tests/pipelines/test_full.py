@@ -333,7 +333,7 @@ KILLS = {
     "tokenize": has("tokenize-*/sidecars/*.json"),
     "train_prior": has_checkpoint("train_prior"),
     "sample": has("sample-*/sidecars/part-000000.json"),
-    "evaluate": has("evaluate-*/sidecars/validation-000000.json"),
+    "evaluate": has("evaluate-*/sidecars/validation-*.json"),
 }
 
 
