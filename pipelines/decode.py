@@ -21,7 +21,7 @@ from vqvae_core.errors import InputError
 from vqvae_core.image_shards import KEY_PATTERN
 from vqvae_core.images import grid
 from vqvae_core.storage import Folder
-from vqvae_core.token_shards import TokenTable, read_parquet
+from vqvae_core.token_shards import TokenTable, as_taken, read_parquet
 from vqvae_core.vqvae import VQVAE
 
 _BATCH = 64
@@ -107,7 +107,7 @@ def _model(named: str | None, home: Folder, table: TokenTable) -> Artifact:
 @torch.no_grad()
 def decode_tokens(model: VQVAE, tokens: np.ndarray) -> np.ndarray:
     """uint8 (N, H, W, 3) pictures of tokens (N, H, W, G)."""
-    values: Any = torch.from_numpy((tokens[..., 0] if tokens.shape[3] == 1 else tokens).astype(np.int64))
+    values: Any = torch.from_numpy(as_taken(tokens).astype(np.int64))
     return torch.cat([model.decode(batch) for batch in values.split(_BATCH)]).numpy()
 
 

@@ -23,7 +23,7 @@ from pipelines.data_report import REPORT as DATA_REPORT
 from pipelines.extractor import Extractor, NamedFile, Network, PerceptualDistance
 from pipelines.image_metrics import num_scales
 from pipelines.measure_bits import held_out
-from pipelines.meter import IMAGES, STAGING, Meter, as_taken, decoded, read_arrays, read_part, tokens_of
+from pipelines.meter import IMAGES, STAGING, Meter, decoded, read_arrays, read_part, tokens_of
 from pipelines.progress import Progress
 from pipelines.sample import KIND as SAMPLES_KIND
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards
@@ -39,7 +39,7 @@ from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.metrics import PooledPSNR, entropy_bits, mean_perplexity, usage
 from vqvae_core.prior import Prior
 from vqvae_core.prior_training import latent_bits_per_dim
-from vqvae_core.token_shards import TokenShards
+from vqvae_core.token_shards import TokenShards, as_taken
 from vqvae_core.vqvae import VQVAE
 
 VERSION = 1

@@ -16,15 +16,14 @@ from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards,
 from pipelines.tokenize_images import read_shard
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.augment import centre_crop
-from vqvae_core.contender import VQ_VAE, Contender, figures, load_contender
+from vqvae_core.contender import Contender, figures, load_contender
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.prior import Prior
 from vqvae_core.prior_training import bits_per_token, latent_bits_per_dim
 from vqvae_core.storage import Folder
-from vqvae_core.token_shards import read_parquet
+from vqvae_core.token_shards import as_taken, read_parquet
 from vqvae_core.train import to_device
-from vqvae_core.train_config import Precision
 
 VERSION = 1
 KIND = "Bits"
@@ -137,9 +136,19 @@ class Measurer:
         size = Artifact.open(Folder(job["model"])).facts["image_size"]
         pixels = centre_crop(pixels, size)
         device = "cuda" if job["use_gpu"] else "cpu"
-        found = figures(job["contender"], model, pixels, job["samples"], job["precision"], device, job["mebibytes"])
-        if prior is not None and job["contender"] == VQ_VAE:
-            found |= _learned(prior, job, found["reconstruction_bits_per_dim"], device)
+        tokens, labels = _stored(job) if prior is not None else (None, None)
+        found = figures(
+            job["contender"],
+            model,
+            pixels,
+            job["samples"],
+            job["precision"],
+            device,
+            job["mebibytes"],
+            tokens if tokens is None else as_taken(tokens),
+        )
+        if prior is not None and tokens is not None and labels is not None:
+            found |= _learned(prior, tokens, labels, found["reconstruction_bits_per_dim"], device)
         folder, name = Folder(job["out"]), job["name"]
         data = json.dumps(found, sort_keys=True).encode()
         folder.write(f"{name}.json", data)
@@ -147,12 +156,17 @@ class Measurer:
         return len(pixels)
 
 
-def _learned(prior: Prior, job: dict[str, Any], reconstruction: float, device: str) -> dict[str, float]:
-    """The same tokens under the learned prior."""
+def _stored(job: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, int64 (N, H, W, G), and labels of a shard's images, as they were tokenized."""
     artifact = Artifact.open(Folder(job["tokens"]))
     path = f"{job['name']}.parquet"
     table = read_parquet(artifact.read(path), artifact.folder.path(path))
-    tokens, labels = (torch.from_numpy(values.astype(np.int64)) for values in (table.tokens, table.labels))
-    precision: Precision = "fp32"
-    bits = latent_bits_per_dim(bits_per_token(prior.network, tokens, labels, precision, device), prior.shape)
+    return torch.from_numpy(table.tokens.astype(np.int64)), torch.from_numpy(table.labels.astype(np.int64))
+
+
+def _learned(
+    prior: Prior, tokens: torch.Tensor, labels: torch.Tensor, reconstruction: float, device: str
+) -> dict[str, float]:
+    """The same tokens under the learned prior."""
+    bits = latent_bits_per_dim(bits_per_token(prior.network, tokens, labels, "fp32", device), prior.shape)
     return {"latents_learned_bits_per_dim": bits, "total_learned_bits_per_dim": reconstruction + bits}

@@ -28,7 +28,7 @@ from vqvae_core.metrics import squared_errors
 from vqvae_core.prior import Prior
 from vqvae_core.prior_training import grid_nll_nats
 from vqvae_core.storage import Folder
-from vqvae_core.token_shards import TokenShards, read_parquet
+from vqvae_core.token_shards import TokenShards, as_taken, read_parquet
 from vqvae_core.vqvae import VQVAE
 from vqvae_core.vqvae_training import counts_of
 
@@ -87,11 +87,6 @@ def tokens_of(shards: TokenShards, name: str, keys: list[str]) -> Tensor | None:
             "others; tokenize them again"
         )
     return torch.from_numpy(table.tokens.astype(np.int64))
-
-
-def as_taken(tokens: Tensor) -> Tensor:
-    """Tokens (N, H, W, G) as a VQ-VAE takes them: (N, H, W) for one group."""
-    return tokens[..., 0] if tokens.shape[-1] == 1 else tokens
 
 
 @torch.no_grad()

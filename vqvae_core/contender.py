@@ -69,13 +69,14 @@ def figures(
     precision: Precision,
     device: str,
     mebibytes: int,
+    tokens: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Bits/dim of uint8 (N, H, W, 3), means over images: `total_bits_per_dim`, a bound on -log2 p(x), with its parts
     `reconstruction_bits_per_dim` and `latents_bits_per_dim` where it has two; of VIMCO `bound_<S>_bits_per_dim` for
-    each number of samples, the first of which is its total."""
+    each number of samples, the first of which is its total. tokens: of a VQ-VAE, where they are stored: see `nll_nats`."""
     if name == VQ_VAE:
         num_dims = pixels[0].numel()
-        nll = nll_nats(model, pixels, precision, device)
+        nll = nll_nats(model, pixels, precision, device, tokens=tokens)
         latents = uniform_bits_per_dim(model.config, *pixels.shape[1:3])
         reconstruction = bits_per_dim(float(nll.mean()), num_dims)
         return {

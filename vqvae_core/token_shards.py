@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from vqvae_core.artifacts import Artifact, ArtifactError
 from vqvae_core.storage import Folder
 
 KIND = "TokenShards"
+Tokens = TypeVar("Tokens", bound=Any)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ def write_parquet(
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", row_group_size=4096)
     return buffer.getvalue()
+
+
+def as_taken(tokens: Tokens) -> Tokens:
+    """Tokens (N, H, W, G) as a VQ-VAE takes them: (N, H, W) for one group. An array or a tensor."""
+    return tokens[..., 0] if tokens.shape[-1] == 1 else tokens
 
 
 @dataclass(frozen=True)

@@ -160,14 +160,28 @@ def evaluate(model: VQVAE, pixels: Tensor, precision: Precision, device: str = "
 
 @torch.no_grad()
 def nll_nats(
-    model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu", batch_size: int = 64
+    model: VQVAE,
+    pixels: Tensor,
+    precision: Precision,
+    device: str = "cpu",
+    batch_size: int = 64,
+    tokens: Tensor | None = None,
 ) -> Float[Tensor, "n"]:
-    """-log p(x | z_q(x)) of uint8 (N, H, W, 3), float64 (N,), in nats."""
+    """-log p(x | z) of uint8 (N, H, W, 3), float64 (N,), in nats. tokens: z, int64 (N, H/4, W/4) or (N, H/4, W/4, G);
+    None: the nearest codes. In bf16 those may be others in a batch of another size: beside the bits of stored tokens
+    belongs what the same ones leave over."""
     found = []
-    for chunk in pixels.split(batch_size):
-        images = pixels_to_images(chunk.to(device)).to(model.dtype).contiguous(memory_format=torch.channels_last)
+    for start in range(0, len(pixels), batch_size):
+        rows = slice(start, start + batch_size)
+        images = pixels_to_images(pixels[rows].to(device)).to(model.dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            found.append(model.nll_nats(images).double().cpu())
+            if tokens is None:
+                nll = model.nll_nats(images)
+            else:
+                output = model.decoder(model.quantizer.lookup(tokens[rows].to(device)))
+                nll = model.likelihood.nll_nats(output, images)
+        found.append(nll.double().cpu())
     return torch.cat(found)
 
 

@@ -101,6 +101,18 @@ def test_it_learns_and_is_measured(name: str) -> None:
         assert found["latents_bits_per_dim"] == pytest.approx(4 * 4 * 3 * math.log2(16) / (3 * 16 * 16))
 
 
+def test_stored_tokens_are_what_is_measured() -> None:
+    """In fp32 the nearest codes; other codes cost more."""
+    torch.manual_seed(0)
+    model, pixels = make_model("vqvae", CONFIG).eval(), pictures()[:10]
+    told = {"samples": (1,), "precision": "fp32", "device": "cpu", "mebibytes": 64}
+    tokens = model.encode(pixels)  # type: ignore[operator]
+    own = figures("vqvae", model, pixels, **told)
+    assert figures("vqvae", model, pixels, **told, tokens=tokens) == pytest.approx(own, rel=1e-6)
+    other = figures("vqvae", model, pixels, **told, tokens=tokens.flip(0))
+    assert other["reconstruction_bits_per_dim"] != pytest.approx(own["reconstruction_bits_per_dim"], rel=1e-6)
+
+
 def test_a_gaussian_and_a_vqvae_start_at_the_same_decoder() -> None:
     """The same shapes, so that the table compares latents and not networks."""
     shapes = {name: {k: v.shape for k, v in make_model(name, CONFIG).decoder.state_dict().items()} for name in NAMES}
