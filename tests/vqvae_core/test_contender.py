@@ -102,15 +102,15 @@ def test_it_learns_and_is_measured(name: str) -> None:
 
 
 def test_stored_tokens_are_what_is_measured() -> None:
-    """In fp32 the nearest codes; other codes cost more."""
+    """In fp32 they are the nearest codes."""
     torch.manual_seed(0)
     model, pixels = make_model("vqvae", CONFIG).eval(), pictures()[:10]
     told = {"samples": (1,), "precision": "fp32", "device": "cpu", "mebibytes": 64}
     tokens = model.encode(pixels)  # type: ignore[operator]
     own = figures("vqvae", model, pixels, **told)
     assert figures("vqvae", model, pixels, **told, tokens=tokens) == pytest.approx(own, rel=1e-6)
-    other = figures("vqvae", model, pixels, **told, tokens=tokens.flip(0))
-    assert other["reconstruction_bits_per_dim"] != pytest.approx(own["reconstruction_bits_per_dim"], rel=1e-6)
+    other = figures("vqvae", model, pixels, **told, tokens=(tokens + 5) % 16)
+    assert other["reconstruction_bits_per_dim"] != own["reconstruction_bits_per_dim"]
 
 
 def test_a_gaussian_and_a_vqvae_start_at_the_same_decoder() -> None:
