@@ -1,25 +1,23 @@
 """What the training loop needs to know of a VAE and of VIMCO, and their bounds on held-out images."""
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from vqvae_core.images import grid, images_to_pixels, pixels_to_images
+from vqvae_core.images import images_on, images_to_pixels
 from vqvae_core.latent_model import LatentModel, decodings_in
 from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.order import mix
-from vqvae_core.train import Piece, StepOutput, Worker, to_device
+from vqvae_core.train import Piece, StepOutput, Worker, autocast, to_device
 from vqvae_core.train_config import Precision
 from vqvae_core.vae import VAE, VAEOutput
 from vqvae_core.vimco import VIMCO, multi_sample_bound
 from vqvae_core.vqvae import STRIDE
+from vqvae_core.vqvae_training import in_pairs, shown
 
 _BATCH = 50  # images that are measured together; their noise is drawn together too
-_PICTURES, _COLUMNS = 16, 8
 
 
 class BoundTraining:
@@ -49,7 +47,7 @@ class BoundTraining:
         """Both start from their initial weights."""
 
     def step(self, batch: Tensor, piece: Piece, step: int) -> StepOutput:
-        images = as_images(self.model, batch, self._worker.device)
+        images = images_on(self._worker.device, self.model.dtype, batch)
         noise = _noise_of(self.model, piece, len(batch), self._samples, batch, mix(self._seed, 5, step))
         with autocast(self._worker.device, self._precision):
             output = self.model(images, noise.to(self._worker.device), self._at_once)
@@ -86,17 +84,6 @@ def bits(nats: Tensor, num_dims: int) -> Tensor:
     return nats * bits_per_dim(1.0, num_dims)
 
 
-def autocast(device: str, precision: Precision) -> torch.autocast:
-    """bf16 where the precision says so."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def as_images(model: LatentModel, pixels: Tensor, device: str) -> Tensor:
-    """Images (B, 3, H, W) of pixels, uint8 (B, H, W, 3), as a model takes them."""
-    images = pixels_to_images(pixels.to(device)).to(model.dtype)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
 def _noise_of(model: LatentModel, piece: Piece, count: int, num_samples: int, pixels: Tensor, seed: int) -> Tensor:
     """The noise of a piece: that of its place in the global batch, however that is cut."""
     generator = torch.Generator().manual_seed(seed & (2**63 - 1))
@@ -110,11 +97,10 @@ def _sites(pixels: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Over some images: bits_per_dim, the bound of each number of samples (1 for a VAE's ELBO); deviation, the standard
-    deviation of an image's bits/dim at the first of them; and of a VAE the two parts of its ELBO."""
+    """Means over some images: bits_per_dim, the bound of each number of samples; and of a VAE the two parts of its
+    ELBO."""
 
     bits_per_dim: dict[int, float]
-    deviation: float
     reconstruction_bits_per_dim: float | None = None
     kl_bits_per_dim: float | None = None
 
@@ -140,7 +126,7 @@ def measure(
         chunk = pixels[start : start + _BATCH]
         generator = torch.Generator().manual_seed(mix(seed, 6, start) & (2**63 - 1))
         noise = model.noise(generator, len(chunk), most, _sites(pixels)).to(device)
-        images = as_images(model, chunk, device)
+        images = images_on(device, model.dtype, chunk)
         with autocast(device, precision):
             if isinstance(model, VAE):
                 output = model(images, noise, at_once)
@@ -150,26 +136,17 @@ def measure(
                 for number, values in found.items():
                     values.append(-multi_sample_bound(output.log_weights[:, :number]).cpu())
     if isinstance(model, VAE):
-        nll, kl = (torch.cat([part[side] for part in parts]) for side in (0, 1))
-        total = nll + kl
-        rest = {"reconstruction_bits_per_dim": float(bits(nll.mean(), num_dims)),
-                "kl_bits_per_dim": float(bits(kl.mean(), num_dims))}  # fmt: skip
-        return Measured({most: float(bits(total.mean(), num_dims))}, float(bits(total.std(), num_dims)), **rest)
-    totals = {number: torch.cat(values) for number, values in found.items()}
-    means = {number: float(bits(total.mean(), num_dims)) for number, total in totals.items()}
-    return Measured(means, float(bits(totals[samples[0]].std(), num_dims)))
+        nll, kl = (float(bits(torch.cat([part[side] for part in parts]).mean(), num_dims)) for side in (0, 1))
+        return Measured({most: nll + kl}, reconstruction_bits_per_dim=nll, kl_bits_per_dim=kl)
+    return Measured({number: float(bits(torch.cat(values).mean(), num_dims)) for number, values in found.items()})
 
 
 @torch.no_grad()
 def comparison(model: VAE | VIMCO, pixels: Tensor, precision: Precision, device: str = "cpu") -> bytes:
     """A PNG of pictures out of uint8 (N, H, W, 3), in rows, each row over what a draw of their latents decodes to."""
-    chosen = pixels[torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()]
+    chosen = shown(pixels)
     noise = model.noise(torch.Generator().manual_seed(0), len(chosen), 1, _sites(pixels)).to(device)
     with autocast(device, precision):
-        latents, _, _ = model.draws(as_images(model, chosen, device), noise)
+        latents, _, _ = model.draws(images_on(device, model.dtype, chosen), noise)
         made = images_to_pixels(model.likelihood.mean(model.decoder(latents[:, 0]))).cpu()
-    pairs = zip(chosen.split(_COLUMNS), made.split(_COLUMNS), strict=True)
-    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(chosen)))
-    buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
+    return in_pairs(chosen, made)

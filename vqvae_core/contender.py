@@ -73,7 +73,7 @@ def figures(
 ) -> dict[str, float]:
     """Bits/dim of uint8 (N, H, W, 3), means over images: `total_bits_per_dim`, a bound on -log2 p(x), with its parts
     `reconstruction_bits_per_dim` and `latents_bits_per_dim` where it has two; of VIMCO `bound_<S>_bits_per_dim` for
-    each number of samples, the first of which is its total. tokens: those of a VQ-VAE that are stored, see `nll_nats`."""
+    each number of samples, the first of which is its total. tokens: those of a VQ-VAE that are stored: `nll_nats`."""
     if name == VQ_VAE:
         num_dims = pixels[0].numel()
         nll = nll_nats(model, pixels, precision, device, tokens=tokens)

@@ -46,6 +46,11 @@ def pixels_to_images(pixels: UInt8[Tensor, "*b h w 3"]) -> Float[Tensor, "*b 3 h
     return pixels.movedim(-1, -3).to(torch.float32).div(127.5).sub(1.0)
 
 
+def images_on(device: str | torch.device, dtype: torch.dtype, pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) of pixels, uint8 (B, H, W, 3), where and as a model takes them, channels last."""
+    return pixels_to_images(pixels.to(device)).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
 def images_to_pixels(images: Float[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b h w 3"]:
     """float (..., 3, H, W) in [-1, 1], clamped and rounded, to uint8 (..., H, W, 3)."""
     return images.to(torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)

@@ -10,7 +10,7 @@ from vqvae_core.metrics import entropy_bits
 from vqvae_core.order import mix
 from vqvae_core.pixelcnn import NO_LABEL, Condition, PixelCNN
 from vqvae_core.token_shards import TokenShape
-from vqvae_core.train import Piece, StepOutput, Worker, to_device
+from vqvae_core.train import Piece, StepOutput, Worker, autocast, to_device
 from vqvae_core.train_config import Precision
 from vqvae_core.vqvae import STRIDE
 
@@ -36,8 +36,7 @@ class PriorTraining:
         if share:
             labels = labels.masked_fill(left_out(share, piece, len(labels), mix(self._seed, 3, step)), NO_LABEL)
         tokens, labels = tokens.to(self._worker.device), labels.to(self._worker.device)
-        device = torch.device(self._worker.device).type
-        with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16"):
+        with autocast(self._worker.device, self._precision):
             loss = self.model.nll_nats(tokens, labelled(self.model, labels)).mean()
         return StepOutput(loss, {"bits_per_token": loss / math.log(2)}, [])
 
@@ -95,7 +94,7 @@ def grid_nll_nats(
     for start in range(0, len(tokens), batch_size):
         stop = start + batch_size
         told = labelled(model, labels[start:stop].to(device))
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             nll = model.nll_nats(tokens[start:stop].to(device), told)
         found.append(nll.double().flatten(1).sum(dim=1).cpu())
     return torch.cat(found)

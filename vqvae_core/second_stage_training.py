@@ -11,7 +11,7 @@ from vqvae_core.metrics import perplexity, usage
 from vqvae_core.order import mix
 from vqvae_core.second_stage import SecondStageNetwork
 from vqvae_core.table_upkeep import TableUpkeep
-from vqvae_core.train import Piece, StepOutput, Worker, to_device
+from vqvae_core.train import Piece, StepOutput, Worker, autocast, to_device
 from vqvae_core.train_config import Precision
 from vqvae_core.vqvae_training import counts_of
 
@@ -46,9 +46,6 @@ class SecondStageTraining:
         quantizer = model.quantizer
         self._upkeep = None if quantizer is None else TableUpkeep(quantizer, steps, steps_per_epoch, seed)
 
-    def _autocast(self) -> torch.autocast:
-        return _autocast(self._precision, self._worker.device)
-
     def before_training(self, pieces: Sequence[tuple[Batch, Piece]], worker: Worker) -> None:
         """Put the codes at latents of the pool."""
         upkeep, quantizer = self._upkeep, self.model.quantizer
@@ -68,7 +65,7 @@ class SecondStageTraining:
             return torch.zeros(shape, dtype=self.model.dtype, device=self._worker.device)
         found = []
         for part in chosen.split(_CHUNK):
-            with self._autocast():
+            with autocast(self._worker.device, self._precision):
                 quantized = self.model.latent(self._pool[part].to(self._worker.device)).quantized
             assert quantized is not None, "the latents are codes"
             found.append(quantized.rows)
@@ -77,7 +74,7 @@ class SecondStageTraining:
     def step(self, batch: Batch, piece: Piece, step: int) -> StepOutput:
         tokens = batch[0].to(self._worker.device)
         noise = self._noise(mix(self._seed, 5, step), piece.batch_size, piece.first, len(tokens))
-        with self._autocast():
+        with autocast(self._worker.device, self._precision):
             output = self.model(tokens, noise)
         quantized, kl_nats = output.latent.quantized, output.latent.kl_nats
         metrics = {"nll_nats": output.nll_nats, "loss_nats": output.loss_nats}
@@ -122,10 +119,6 @@ class SecondStageTraining:
         return {f"validation_{name}": value for name, value in found.items()}
 
 
-def _autocast(precision: Precision, device: str) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def derangement(count: int, seed: int) -> Tensor:
     """int64 (count,): a permutation that leaves nothing in its place: one cycle through all, drawn by the seed."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed & (2**63 - 1)))
@@ -147,7 +140,7 @@ def evaluate(
     noise = standard_normal(mix(seed, 6), len(tokens), 0, len(tokens), (model.decoder.vector_features,))
     latents = []
     for part, drawn in zip(tokens.split(_CHUNK), noise.split(_CHUNK), strict=True):
-        with _autocast(precision, device):
+        with autocast(device, precision):
             latents.append(model.latent(part.to(device), drawn.to(device, model.dtype)))
     vectors = torch.cat([latent.vector for latent in latents])
     nll = _nll_nats(model, tokens, vectors, precision, device)
@@ -173,6 +166,6 @@ def evaluate(
 def _nll_nats(model: SecondStageNetwork, tokens: Tensor, vectors: Tensor, precision: Precision, device: str) -> float:
     total = 0.0
     for part, told in zip(tokens.split(_CHUNK), vectors.split(_CHUNK), strict=True):
-        with _autocast(precision, device):
+        with autocast(device, precision):
             total += float(model.nll_nats(part.to(device), told).double().sum())
     return total / len(tokens)

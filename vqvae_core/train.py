@@ -14,7 +14,7 @@ from vqvae_core.gradients import FlatGradients
 from vqvae_core.kept_memory import kept_memory
 from vqvae_core.order import mix
 from vqvae_core.quantizer import at_least_fp32
-from vqvae_core.train_config import TrainConfig, learning_rate
+from vqvae_core.train_config import Precision, TrainConfig, learning_rate
 from vqvae_core.weight_average import WeightAverage
 
 
@@ -117,6 +117,11 @@ def to_device(model: nn.Module, device: str) -> None:
     """Move a model, in the layout that convolutions run fastest in."""
     model.to(device)
     model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def autocast(device: str, precision: Precision) -> torch.autocast:
+    """bf16 where the precision says so."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @dataclass

@@ -40,10 +40,6 @@ class VAE(LatentModel):
     def draws(self, images: Float[Tensor, "b 3 h w"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return gaussian_draws(Gaussian.of(self.encoder(images)), noise)
 
-    def decode_mean(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        """The expected images at the posteriors' means."""
-        return self.likelihood.mean(self.decoder(Gaussian.of(self.encoder(images)).mean))
-
 
 def gaussian_draws(posterior: Gaussian, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Latents (B, S, C, H, W) of standard normal noise, and log q and log p of each, (B, S)."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from vqvae_core.artifacts import Artifact
 from vqvae_core.checkpoint import config_from_json, load_model
-from vqvae_core.images import images_to_pixels, pixels_to_images
+from vqvae_core.images import images_on, images_to_pixels
 from vqvae_core.likelihood import LikelihoodConfig, make_likelihood, no_autocast
 from vqvae_core.quantizer import Quantized, QuantizerConfig, at_least_fp32, make_quantizer
 from vqvae_core.shapes import Float, Int, UInt8
@@ -184,10 +184,10 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: UInt8[Tensor, "b h w 3"]) -> Int[Tensor, "b h4 w4 *g"]:
         """Tokens (B, H/4, W/4), or (B, H/4, W/4, G) where a site has several, of pixels, uint8 (B, H, W, 3)."""
-        images = pixels_to_images(pixels.to(self.device)).to(self.dtype)
+        images = images_on(self.device, self.dtype, pixels)
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if self.encodes_in_bf16 else contextlib.nullcontext()
         with bf16:
-            return self.quantizer(self.encoder(images.contiguous(memory_format=torch.channels_last))).tokens
+            return self.quantizer(self.encoder(images)).tokens
 
     @torch.no_grad()
     def decode(self, tokens: Int[Tensor, "b h4 w4 *g"]) -> UInt8[Tensor, "b h w 3"]:

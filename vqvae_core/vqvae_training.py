@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vqvae_core.images import grid, pixels_to_images
+from vqvae_core.images import grid, images_on
 from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.metrics import PooledPSNR, mean_perplexity, usage
 from vqvae_core.order import mix
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.shapes import Float
 from vqvae_core.table_upkeep import TableUpkeep
-from vqvae_core.train import Piece, StepOutput, Worker, to_device
+from vqvae_core.train import Piece, StepOutput, Worker, autocast, to_device
 from vqvae_core.train_config import Precision
 from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
 
@@ -44,13 +44,8 @@ class VQVAETraining:
         self._upkeep = TableUpkeep(model.quantizer, steps, steps_per_epoch, seed)
         self._seed, self._worker, self._validation = seed, worker, validation
 
-    def _autocast(self) -> torch.autocast:
-        device = torch.device(self._worker.device).type
-        return torch.autocast(device, torch.bfloat16, enabled=self._precision == "bf16")
-
     def _images(self, pixels: Tensor) -> Tensor:
-        images = pixels_to_images(pixels.to(self._worker.device)).to(self.model.dtype)
-        return images.contiguous(memory_format=torch.channels_last)
+        return images_on(self._worker.device, self.model.dtype, pixels)
 
     def before_training(self, pieces: Sequence[tuple[Tensor, Piece]], worker: Worker) -> None:
         """Put the codes at latents of the first global batch."""
@@ -59,7 +54,7 @@ class VQVAETraining:
             return
         total: Tensor | None = None
         for pixels, piece in pieces:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), autocast(self._worker.device, self._precision):
                 rows = quantizer(self.model.encoder(self._images(pixels))).rows
             points = _drawn(rows, piece, len(pixels), self._upkeep.num_start_points, mix(self._seed, 1))
             total = points if total is None else total + points
@@ -68,7 +63,7 @@ class VQVAETraining:
 
     def step(self, batch: Tensor, piece: Piece, step: int) -> StepOutput:
         images = self._images(batch)
-        with self._autocast():
+        with autocast(self._worker.device, self._precision):
             output = self._forward(images)
         quantized = output.quantized
         statistics = self.model.quantizer.statistics(quantized)
@@ -119,10 +114,20 @@ def _drawn(rows: Tensor, piece: Piece, num_images: int, count: int, seed: int) -
 
 def comparison(model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu") -> bytes:
     """A PNG of pictures out of uint8 (N, H, W, 3), in rows, each row over what the round trip makes of it."""
-    chosen = torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()
-    made, _ = reconstruct(model, pixels[chosen], precision, device)
-    pairs = zip(pixels[chosen].split(_COLUMNS), made.split(_COLUMNS), strict=True)
-    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(chosen)))
+    chosen = shown(pixels)
+    made, _ = reconstruct(model, chosen, precision, device)
+    return in_pairs(chosen, made)
+
+
+def shown(pixels: Tensor) -> Tensor:
+    """A few pictures out of (N, H, W, 3), evenly spaced."""
+    return pixels[torch.linspace(0, len(pixels) - 1, min(_PICTURES, len(pixels))).long()]
+
+
+def in_pairs(pictures: Tensor, made: Tensor) -> bytes:
+    """A PNG of pictures, uint8 (N, H, W, 3), in rows, each row over what was made of it."""
+    pairs = zip(pictures.split(_COLUMNS), made.split(_COLUMNS), strict=True)
+    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(pictures)))
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -136,7 +141,7 @@ def reconstruct(
     pictures, tokens = [], []
     for start in range(0, len(pixels), batch_size):
         chunk = pixels[start : start + batch_size].to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             found = model.encode(chunk)
             made = model.decode(found)
         pictures.append(made.cpu())
@@ -173,9 +178,8 @@ def nll_nats(
     found = []
     for start in range(0, len(pixels), batch_size):
         rows = slice(start, start + batch_size)
-        images = pixels_to_images(pixels[rows].to(device)).to(model.dtype)
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        images = images_on(device, model.dtype, pixels[rows])
+        with autocast(device, precision):
             if tokens is None:
                 nll = model.nll_nats(images)
             else:
