@@ -10,15 +10,16 @@ import dataclasses
 import os
 from collections.abc import Callable
 
+from cluster.session import ResourceError
 from pipelines import cli
 from pipelines.compare_report import REPORT, make_compare_report
-from pipelines.config import PipelineConfig
+from pipelines.config import PipelineConfig, config_to_manifest
 from pipelines.likelihood_table import MARKDOWN, likelihood_table
 from pipelines.measure_bits import measure_bits
 from pipelines.program import conduct
 from pipelines.shard import shard
 from pipelines.side_by_side import run_side_by_side
-from pipelines.stage import Pipeline
+from pipelines.stage import NotMadeError, Pipeline
 from pipelines.tokenize_images import tokenize_images
 from pipelines.train_baseline import train_baseline
 from pipelines.train_prior import train_prior
@@ -29,6 +30,7 @@ from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 
 _ONLY = "--only"
+_SCHEDULES = ("train", "train_prior")
 
 
 def main(arguments: list[str]) -> None:
@@ -42,12 +44,17 @@ def main(arguments: list[str]) -> None:
             "expected a likelihood with bits for the table, found a density; give --vqvae.likelihood.kind logistic, "
             "gaussian or categorical"
         )
+    if options.config.prior.use_labels:
+        raise InputError(
+            "expected a prior of the images alone, whose bits are of -log2 p(x) as the others' are, found one that is "
+            "told labels; give --prior.no-use-labels"
+        )
     table: list[Artifact] = []
 
     def stages(pipeline: Pipeline, config: PipelineConfig) -> Callable[[float], bytes] | None:
         images = shard(pipeline, config.data, config.shard)
         if only is None and config.resources.side_by_side > 1:
-            _side_by_side(pipeline, config, arguments)
+            _side_by_side(pipeline, config, images, arguments)
         made = {name: _contender(pipeline, config, images, name) for name in ([only] if only else wanted)}
         if only is not None:
             return None
@@ -58,7 +65,7 @@ def main(arguments: list[str]) -> None:
             options.preset, pipeline.reports, models, table[0], pipeline.config, seconds
         )
 
-    _, summary = conduct(options, stages, program="compare", report=REPORT)
+    _, summary = conduct(options, stages, program="compare", report=REPORT, schedules=_SCHEDULES, ends_run=only is None)
     for artifact in table:
         print(artifact.read(MARKDOWN).decode())
         print(f"table:  {artifact.folder.path(MARKDOWN)}, also as CSV and JSON")
@@ -79,6 +86,7 @@ def _contender(pipeline: Pipeline, config: PipelineConfig, images: ImageShards, 
         train=dataclasses.replace(config.train, seed=int(seed)),
         train_prior=dataclasses.replace(config.train_prior, seed=int(seed)),
     )
+    pipeline = dataclasses.replace(pipeline, config=config_to_manifest(config))  # what a manifest can be replayed by
     samples = config.compare.report_samples
     if kind != VQ_VAE:
         model = train_baseline(pipeline, config, images, kind)
@@ -86,19 +94,38 @@ def _contender(pipeline: Pipeline, config: PipelineConfig, images: ImageShards, 
     model = train_vqvae(pipeline, config, images)
     tokens = tokenize_images(pipeline, images, model)
     prior = train_prior(pipeline, config, tokens)
-    return model, measure_bits(pipeline, images, kind, model, samples, tokens.artifact, prior)
+    return model, measure_bits(pipeline, images, kind, model, samples, tokens, prior)
 
 
-def _side_by_side(pipeline: Pipeline, config: PipelineConfig, arguments: list[str]) -> None:
-    """All trainings as processes that share this one's Ray; what they make is then found by name."""
+def _side_by_side(pipeline: Pipeline, config: PipelineConfig, images: ImageShards, arguments: list[str]) -> None:
+    """What is missing of all trainings as processes that share this one's Ray; the caller then finds it by name."""
+    missing = [name for name in names(config) if not _is_made(pipeline, config, images, name)]
     resources, session = config.resources, pipeline.session
-    count = min(resources.side_by_side, len(names(config)))
-    each = session.check(
-        num_workers=count * resources.num_workers, cpus_per_worker=resources.cpus_per_worker, use_gpu=resources.use_gpu
-    )
+    count = min(resources.side_by_side, len(missing))
+    if count < 2:
+        return
+    try:
+        each = session.check(
+            num_workers=count * (resources.min_workers or resources.num_workers),
+            cpus_per_worker=resources.cpus_per_worker,
+            use_gpu=resources.use_gpu,
+        )
+    except ResourceError as error:
+        raise ResourceError(
+            f"expected room for {count} trainings at one time, found too little: lower --resources.side-by-side "
+            f"{resources.side_by_side} ({error})"
+        ) from error
     shared = [*arguments, "--resources.side-by-side", "1", "--resources.cpus-per-worker", str(each)]
-    runs = {name: [*shared, _ONLY, name] for name in names(config)}
+    runs = {name: [*shared, _ONLY, name] for name in missing}
     run_side_by_side(__file__, runs, count, session.address())
+
+
+def _is_made(pipeline: Pipeline, config: PipelineConfig, images: ImageShards, name: str) -> bool:
+    try:
+        _contender(dataclasses.replace(pipeline, makes=False), config, images, name)
+    except NotMadeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

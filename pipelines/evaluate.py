@@ -22,7 +22,7 @@ from pipelines.config import EvaluateConfig
 from pipelines.data_report import REPORT as DATA_REPORT
 from pipelines.extractor import Extractor, NamedFile, Network, PerceptualDistance
 from pipelines.image_metrics import num_scales
-from pipelines.measure_bits import held_out
+from pipelines.measure_bits import check_parts, held_out
 from pipelines.meter import IMAGES, STAGING, Meter, decoded, read_arrays, read_part, tokens_of
 from pipelines.progress import Progress
 from pipelines.sample import KIND as SAMPLES_KIND
@@ -37,7 +37,6 @@ from vqvae_core.image_shards import ImageShards
 from vqvae_core.images import grid
 from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.metrics import PooledPSNR, entropy_bits, mean_perplexity, usage
-from vqvae_core.prior import Prior
 from vqvae_core.prior_training import latent_bits_per_dim
 from vqvae_core.token_shards import TokenShards, as_taken
 from vqvae_core.vqvae import VQVAE
@@ -47,7 +46,7 @@ KIND = "Evaluation"
 FIGURES, TABLE, PICTURE, STATISTICS = "evaluation.json", "evaluation.md", "evaluation.png", "statistics.npz"
 _COLUMNS = 8
 _NO_BITS = "a density has no bits: train with --vqvae.likelihood.kind logistic"
-_BOUND = "an upper bound on -log2 p(x), since it counts one code alone (ELBO)"
+_BOUND = "an upper bound on -log2 p(x | label), or -log2 p(x) without labels: it counts one code alone (ELBO)"
 _CARD = ("split", "num_images", "num_samples", "resize", "crop", "extractor", "extractor_sha256", "num_features",
          "network", "network_sha256", "reference", "reference_sha256", "note")  # fmt: skip
 # name, label, format, what it is
@@ -122,12 +121,7 @@ def evaluate(
 
     Raises `InputError` where the parts do not belong together or no image is held out.
     """
-    found = tokens.artifact.facts["model"], Prior.of(prior).vqvae
-    if set(found) != {vqvae.manifest.fingerprint}:
-        raise InputError(
-            f"expected tokens and prior of the VQ-VAE {vqvae.manifest.fingerprint[:12]}, found those of "
-            f"{found[0][:12]} and {found[1][:12]}; name the artifacts of one run"
-        )
+    check_parts(vqvae, tokens, prior)
     if judges.extractor is None:
         samples = None
     inputs = {"images": images.artifact, "vqvae": vqvae, "tokens": tokens.artifact, "prior": prior}

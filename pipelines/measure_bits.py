@@ -11,19 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipelines.meter import decoded, tokens_of
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from pipelines.tokenize_images import read_shard
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.augment import centre_crop
-from vqvae_core.contender import Contender, figures, load_contender
+from vqvae_core.contender import VQ_VAE, Contender, figures, load_contender, vqvae_figures
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
+from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.prior import Prior
-from vqvae_core.prior_training import bits_per_token, latent_bits_per_dim
+from vqvae_core.prior_training import grid_nll_nats
 from vqvae_core.storage import Folder
-from vqvae_core.token_shards import as_taken, read_parquet
+from vqvae_core.token_shards import TokenShards, as_taken
 from vqvae_core.train import to_device
+from vqvae_core.train_config import Precision
+from vqvae_core.vqvae import VQVAE
 
 VERSION = 1
 KIND = "Bits"
@@ -41,14 +45,20 @@ def measure_bits(
     name: str,
     model: Artifact,
     samples: tuple[int, ...],
-    tokens: Artifact | None = None,
+    tokens: TokenShards | None = None,
     prior: Artifact | None = None,
 ) -> Artifact:
-    """Bits/dim of a model. samples: numbers of samples of VIMCO's bounds. tokens, prior: of a VQ-VAE, for its latents
-    under a learned prior. Facts: split, images, and the means of `contender.figures`."""
+    """Bits/dim of a model, computed in fp32, but for a learned prior, which is in its own precision.
+
+    samples: numbers of samples of VIMCO's bounds. tokens, prior: of a VQ-VAE, whose bits are those of its stored
+    tokens, under the uniform prior and this one. Facts: split, images, and the means of `contender.figures`.
+    Raises `InputError` where the parts do not belong together.
+    """
     inputs = {"images": images.artifact, "model": model}
-    if tokens is not None and prior is not None:
-        inputs |= {"tokens": tokens, "prior": prior}
+    if name == VQ_VAE:
+        assert tokens is not None and prior is not None, "a VQ-VAE is measured with its tokens and their prior"
+        check_parts(model, tokens, prior)
+        inputs |= {"tokens": tokens.artifact, "prior": prior}
     samples = samples if name.startswith("vimco") else (1,)
     return pipeline.make(
         "measure_bits",
@@ -58,6 +68,16 @@ def measure_bits(
         inputs=inputs,
         build=lambda space, run: _build(pipeline, images, name, inputs, samples, space),
     )
+
+
+def check_parts(vqvae: Artifact, tokens: TokenShards, prior: Artifact) -> None:
+    """Raises `InputError` where tokens or prior are those of another VQ-VAE."""
+    found = tokens.artifact.facts["model"], Prior.of(prior).vqvae
+    if set(found) != {vqvae.manifest.fingerprint}:
+        raise InputError(
+            f"expected tokens and prior of the VQ-VAE {vqvae.manifest.fingerprint[:12]}, found those of "
+            f"{found[0][:12]} and {found[1][:12]}; name the artifacts of one run"
+        )
 
 
 def _build(
@@ -73,11 +93,11 @@ def _build(
     if not names:
         raise InputError(f"expected held-out images in {images.artifact.folder.uri}, found none; give the source some")
     there = space.finished_parts(names)
+    firsts = np.cumsum([0, *(images.artifact.files[f"{shard}.tar"].rows for shard in names)])[:-1]
     spec = {
         "images": images.artifact.folder.uri,
         "model": model.folder.uri,
         "contender": name,
-        "precision": model.facts["precision"],
         "samples": samples,
         "tokens": inputs["tokens"].folder.uri if "tokens" in inputs else None,
         "prior": inputs["prior"].folder.uri if "prior" in inputs else None,
@@ -89,7 +109,11 @@ def _build(
     clock = WorkClock()
     done = int(there.sum())
     with Progress(f"measure_bits {name}", len(names), "shards", done=done) as progress:
-        jobs = ({**spec, "name": shard} for shard, is_done in zip(names, there, strict=True) if not is_done)
+        jobs = (
+            {**spec, "name": shard, "first": int(first)}
+            for shard, first, is_done in zip(names, firsts, there, strict=True)
+            if not is_done
+        )
         for result in encode_shards(pipeline.session, read_shard, Measurer, jobs, pipeline.resources):
             clock.add(result)
             done += 1
@@ -114,9 +138,16 @@ class Measurer:
         if self._loaded is None:
             torch.set_num_threads(job["threads"])
             device = "cuda" if job["use_gpu"] else "cpu"
-            model = load_contender(job["contender"], Artifact.open(Folder(job["model"])))
+            artifact = Artifact.open(Folder(job["model"]))
+            self._size = artifact.facts["image_size"]
+            model = load_contender(job["contender"], artifact)
             to_device(model, device)
-            prior = Prior.load(job["prior"], device) if job["prior"] else None
+            prior = None
+            if job["prior"]:
+                trained = Artifact.open(Folder(job["prior"]))
+                prior = Prior.of(trained)
+                prior.network.to(device)
+                self._precision: Precision = trained.facts.get("precision", "fp32")
             self._loaded = model, prior
         return self._loaded
 
@@ -133,22 +164,14 @@ class Measurer:
     def _write(self, row: dict[str, Any], job: dict[str, Any]) -> int:
         model, prior = self._load(job)
         pixels = torch.frombuffer(bytearray(row["pixels"]), dtype=torch.uint8).view(json.loads(row["shape"]))
-        size = Artifact.open(Folder(job["model"])).facts["image_size"]
-        pixels = centre_crop(pixels, size)
+        pixels = centre_crop(pixels, self._size)
         device = "cuda" if job["use_gpu"] else "cpu"
-        tokens, labels = _stored(job) if prior is not None else (None, None)
-        found = figures(
-            job["contender"],
-            model,
-            pixels,
-            job["samples"],
-            job["precision"],
-            device,
-            job["mebibytes"],
-            tokens if tokens is None else as_taken(tokens),
-        )
-        if prior is not None and tokens is not None and labels is not None:
-            found |= _learned(prior, tokens, labels, found["reconstruction_bits_per_dim"], device)
+        if prior is not None and isinstance(model, VQVAE):
+            found = _vqvae_figures(model, prior, job, row, pixels, device, self._precision)
+        else:
+            found = figures(
+                job["contender"], model, pixels, job["samples"], "fp32", device, job["mebibytes"], job["first"]
+            )
         folder, name = Folder(job["out"]), job["name"]
         data = json.dumps(found, sort_keys=True).encode()
         folder.write(f"{name}.json", data)
@@ -156,17 +179,24 @@ class Measurer:
         return len(pixels)
 
 
-def _stored(job: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, int64 (N, H, W, G), and labels of a shard's images, as they were tokenized."""
-    artifact = Artifact.open(Folder(job["tokens"]))
-    path = f"{job['name']}.parquet"
-    table = read_parquet(artifact.read(path), artifact.folder.path(path))
-    return torch.from_numpy(table.tokens.astype(np.int64)), torch.from_numpy(table.labels.astype(np.int64))
-
-
-def _learned(
-    prior: Prior, tokens: torch.Tensor, labels: torch.Tensor, reconstruction: float, device: str
+def _vqvae_figures(
+    model: VQVAE,
+    prior: Prior,
+    job: dict[str, Any],
+    row: dict[str, Any],
+    pixels: torch.Tensor,
+    device: str,
+    precision: Precision,
 ) -> dict[str, float]:
-    """The same tokens under the learned prior."""
-    bits = latent_bits_per_dim(bits_per_token(prior.network, tokens, labels, "fp32", device), prior.shape)
-    return {"latents_learned_bits_per_dim": bits, "total_learned_bits_per_dim": reconstruction + bits}
+    """Of the stored tokens: what they leave to be said, and what they cost under both priors."""
+    tokens = tokens_of(TokenShards.open(Folder(job["tokens"])), job["name"], json.loads(row["keys"]))
+    if tokens is None:
+        raise InputError(f"expected tokens of {job['name']} in {job['tokens']}, found none; tokenize the images again")
+    _, nats = decoded(model, as_taken(tokens), pixels)
+    assert nats is not None, "the likelihood has bits"
+    found = vqvae_figures(model.config, nats, pixels.shape[1:3])
+    labels = torch.tensor([-1 if label is None else label for label in json.loads(row["labels"])])
+    cost = grid_nll_nats(prior.network, tokens, labels, precision, device)
+    learned = bits_per_dim(float(cost.mean()), pixels[0].numel())
+    total = found["reconstruction_bits_per_dim"] + learned
+    return found | {"latents_learned_bits_per_dim": learned, "total_learned_bits_per_dim": total}

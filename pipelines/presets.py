@@ -15,9 +15,7 @@ from vqvae_core.vqvae import VQVAEConfig
 _PAPER_TRAIN = TrainConfig(steps=250_000, batch_size=128, num_lanes=64, learning_rate=2e-4)
 _PAPER_RESOURCES = Resources(checkpoint_every=2000)
 # 3 latents an image, so 27 bits.
-_THREE_TABLES = QuantizerConfig(
-    num_codes=512, code_dim=16, num_groups=3, learn_by="moving_average", decay=0.98, revive_every=50
-)
+_THREE_TABLES = SecondStageConfig().quantizer
 
 DOOM84 = PipelineConfig(
     data=ViZDoomSource(train_episodes_per_map=14),
@@ -207,9 +205,9 @@ SMOKE = PipelineConfig(
 PRESETS: dict[str, tuple[PipelineConfig, str]] = {
     "doom84": (DOOM84, "84x84 frames of ViZDoom, live: the embedded default, minutes on 2 cores"),
     "dmlab84": (DMLAB84, "84x84 frames of DeepMind Lab, recorded as Parquet: the paper's schedule"),
-    "dmlab84-small": (DMLAB84_SMALL, "the same frames, with a second stage: about an hour and a half on 2 cores"),
+    "dmlab84-small": (DMLAB84_SMALL, "the same frames on 2 cores, with a second stage: train_second_stage.py"),
     "imagenet128": (IMAGENET128, "128x128 ImageNet from the official archives: the paper's schedule"),
     "cifar10": (CIFAR10, "32x32 CIFAR-10 as Parquet, for compare.py: the paper's likelihood table, its schedule"),
-    "cifar10-small": (CIFAR10_SMALL, "the same in small, with logistic likelihoods: about an hour on 2 cores"),
+    "cifar10-small": (CIFAR10_SMALL, "the same in small, with logistic likelihoods, on 2 cores"),
     "smoke": (SMOKE, "32x32 frames of ViZDoom, seconds: for tests"),
 }

@@ -30,12 +30,13 @@ def conduct(
     program: str = "full",
     report: str = REPORT,
     schedules: Sequence[str] = _SCHEDULES,
+    ends_run: bool = True,
 ) -> tuple[Pipeline, str]:
     """Run stages with a session and a tracked run, and write the page that they return.
 
     program: part of the tracked run's identity, and of its name where it is not the whole pipeline. report: the page's
-    name in the root. schedules: the fields of the config that it trains by. Returns the pipeline and the last lines to
-    print.
+    name in the root. schedules: the fields of the config that it trains by. ends_run: False where another
+    process ends the tracked run. Returns the pipeline and the last lines to print.
     """
     begin = time.monotonic()
     config, root = resolve(options.config, schedules), Folder.of(options.root)
@@ -64,7 +65,8 @@ def conduct(
         try:
             session.close()
         finally:
-            tracker.finish(status, page)
+            if ends_run:
+                tracker.finish(status, page)
     return pipeline, _summary(pipeline, time.monotonic() - begin, report if page is not None else None)
 
 

@@ -17,8 +17,7 @@ import torch
 from pipelines import ray_train
 from pipelines.config import SecondStageRuns, recipe_of
 from pipelines.stage import Made, Pipeline, Workspace
-from pipelines.train_prior import read_tokens
-from pipelines.train_vqvae import png, read_pixels, write_files
+from pipelines.train_vqvae import png, write_files
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.augment import centre_crop
 from vqvae_core.image_shards import ImageShards
@@ -85,10 +84,9 @@ def _build(
     rows = [figures_of({kind: model.facts for kind, model in run.items()}) for run in models]
     seeds = [run["codes"].facts["seed"] for run in models]
     first = SecondStage.of(models[0]["codes"])
-    known, _ = read_tokens(tokens)
-    pixels = centre_crop(read_pixels(images, "validation"), vqvae.facts["image_size"])
+    pixels, known = _frames(config, images, tokens)
     with torch.no_grad():
-        pictures = drawn(config, first, VQVAE.of(vqvae), pixels, known)
+        pictures = drawn(config, first, VQVAE.of(vqvae), centre_crop(pixels, vqvae.facts["image_size"]), known)
     files = {
         TABLE: (json.dumps(table_json(rows, seeds), indent=1) + "\n").encode(),
         "table.csv": table_csv(rows, seeds).encode(),
@@ -106,6 +104,25 @@ def _build(
     }
     entries = [FileEntry(**entry) for entry in write_files(space.folder, files)]
     return Made(entries, facts, time.time() - begin)
+
+
+def _frames(config: SecondStageRuns, images: ImageShards, tokens: TokenShards) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels (N, H, W, 3) and tokens (N, H/4, W/4, G) of a few validation frames, drawn by the seed: only their shards
+    are read."""
+    generator = torch.Generator().manual_seed(mix(config.seed, 7) & (2**63 - 1))
+    chosen = torch.randperm(images.num_images("validation"), generator=generator)[: config.num_frames].tolist()
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    first = 0
+    for path in images.shards("validation"):
+        stop = first + images.artifact.files[path].rows
+        mine = [number for number in chosen if first <= number < stop]
+        if mine:
+            samples, table = images.read(path), tokens.read(f"{path.removesuffix('.tar')}.parquet")
+            for number in mine:
+                found[number] = samples[number - first].pixels(), table.tokens[number - first].astype(np.int64)
+        first = stop
+    pixels, known = zip(*(found[number] for number in chosen), strict=True)
+    return torch.from_numpy(np.stack(pixels)), torch.from_numpy(np.stack(known))
 
 
 def figures_of(facts: Mapping[str, Mapping[str, Any]]) -> Row:
@@ -172,10 +189,8 @@ def cells_of(rows: Sequence[Row]) -> list[tuple[str, list[str], str]]:
 def drawn(
     config: SecondStageRuns, second: SecondStage, vqvae: VQVAE, pixels: torch.Tensor, tokens: torch.Tensor
 ) -> dict[str, bytes]:
-    """Two sheets, PNG files by name. pixels: (N, H, W, 3), tokens: (N, H/4, W/4, G), of the same frames."""
-    generator = torch.Generator().manual_seed(mix(config.seed, 7) & (2**63 - 1))
-    chosen = torch.randperm(len(tokens), generator=generator)[: config.num_frames]
-    frames, tokens = pixels[chosen].numpy(), tokens[chosen]
+    """Two sheets, PNG files by name. pixels: (N, H, W, 3), tokens: (N, H/4, W/4, G), of the frames to show."""
+    frames = pixels.numpy()
     codes = second.encode(tokens)
     rebuilt = _decoded(vqvae, tokens)
     seeds = range(config.seed, config.seed + config.num_draws)

@@ -110,6 +110,10 @@ def write_sidecar(
     return record
 
 
+class NotMadeError(LookupError):
+    """A stage's artifact is not there, and was not to be made."""
+
+
 @dataclass
 class StageReport:
     """What happened to one stage in this run."""
@@ -131,6 +135,8 @@ class Pipeline:
     tracker: Tracker
     config: Mapping[str, Any] = field(default_factory=dict)
     reports: list[StageReport] = field(default_factory=list)
+    makes: bool = True
+    """False: what is not there is not made, and `NotMadeError` says so."""
 
     def make(
         self,
@@ -149,7 +155,9 @@ class Pipeline:
         folder = self.root / f"{stage}-{fingerprint[:12]}"
         artifact = self._reusable(folder, kind, inputs)
         reused = artifact is not None
-        if artifact is not None:
+        if artifact is None and not self.makes:
+            raise NotMadeError(stage)
+        if artifact is not None and self.makes:
             self.tracker.catch_up(stage, artifact)
         if artifact is None:
             work = hash_json({"fingerprint": fingerprint, "inputs": {k: reference(v) for k, v in inputs.items()}})[:16]
@@ -183,6 +191,8 @@ class Pipeline:
             run.finish(artifact)
         seconds = time.monotonic() - begin
         work_seconds = 0.0 if reused else artifact.manifest.provenance["work_seconds"]
+        if not self.makes:
+            return artifact
         self.reports.append(StageReport(stage, artifact, reused, seconds, work_seconds))
         print(f"{stage}: {'reused' if reused else f'made in {seconds:.1f} s'}  {folder.uri}", flush=True)
         return artifact
@@ -438,7 +448,8 @@ def _encoders(session: Session, resources: Resources, num_jobs: int) -> tuple[in
     small encoders are faster than one that has all CPUs."""
     cpus = session.cpus_of_largest_node()
     if resources.use_gpu:
-        return min(num_jobs, resources.num_workers), max(1, cpus // 2)
+        # What a training worker may have, where that is said: others may train beside it.
+        return min(num_jobs, resources.num_workers), max(1, (resources.cpus_per_worker or cpus) // 2)
     threads = max(1, cpus // _ENCODERS_PER_NODE)
     return min(num_jobs, max(1, session.num_cpus() // threads)), threads
 

@@ -3,6 +3,7 @@
 The driver owns all runs and logs for all workers, in batches. Tracking that fails never stops the work and says so.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -252,7 +253,10 @@ class StageRun:
             _log_file(client, run_id, path, artifact.read(path), folder="model")
         name = artifact.manifest.kind
         if not client.search_registered_models(filter_string=f"name = '{name}'"):
-            client.create_registered_model(name)
+            from mlflow.exceptions import MlflowException
+
+            with contextlib.suppress(MlflowException):  # another training was faster: the next call would say the rest
+                client.create_registered_model(name)
         source = f"{client.get_run(run_id).info.artifact_uri}/model"
         tags = {"fingerprint": artifact.manifest.fingerprint, "content": artifact.manifest.content}
         version = client.create_model_version(name, source=source, run_id=run_id, tags=tags)

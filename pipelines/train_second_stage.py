@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pipelines import cli, ray_train
-from pipelines.config import PipelineConfig, recipe_of
+from pipelines.config import PipelineConfig, config_to_manifest, recipe_of
 from pipelines.program import conduct
 from pipelines.second_stage_report import REPORT, make_second_stage_report
 from pipelines.shard import shard
@@ -132,10 +132,17 @@ def _stages(pipeline: Pipeline, config: PipelineConfig) -> None:
     vqvae = train_vqvae(pipeline, config, images)
     tokens = tokenize_images(pipeline, images, vqvae)
     models = [
-        {kind: train_second_stage(pipeline, config, tokens, kind, number) for kind in KINDS}
+        {kind: train_second_stage(_seeded(pipeline, config, number), config, tokens, kind, number) for kind in KINDS}
         for number in range(config.second_stage_runs.seeds)
     ]
     show_second_stage(pipeline, config.second_stage_runs, images, vqvae, tokens, models)
+
+
+def _seeded(pipeline: Pipeline, config: PipelineConfig, number: int) -> Pipeline:
+    """The same, whose manifests record the config of a run: what they can be replayed by."""
+    schedule = config.train_second_stage
+    config = dataclasses.replace(config, train_second_stage=dataclasses.replace(schedule, seed=schedule.seed + number))
+    return dataclasses.replace(pipeline, config=config_to_manifest(config))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The benchmark of the paper's table: visits go on, and their last line says what was done."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from benchmarks import paper_cifar10
 from pipelines.presets import PRESETS
 from tests.pipelines.data import frame
+from tests.pipelines.test_cli import ROOT
 from vqvae_core.images import encode
 
 
@@ -71,3 +74,12 @@ def test_splits_are_disjoint_and_whole(cifar: Path) -> None:
     assert (len(train), len(validation), len(test)) == (48, 48, 10)
     rows = {bytes(picture.numpy().tobytes()) for picture in torch.cat([train, validation])}
     assert rows == {np.ascontiguousarray(frame(number, 32)).tobytes() for number in range(96)}
+
+
+def test_it_needs_no_other_packages() -> None:
+    """A bare machine has torch, numpy, pyarrow, pillow and safetensors."""
+    missing = ["ray", "mlflow", "tyro", "vizdoom", "simplejpeg", "webdataset", "boto3", "matplotlib", "xxhash",
+               "torchmetrics", "jaxtyping", "beartype", "pandas", "scipy", "onnxruntime"]  # fmt: skip
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import benchmarks.paper_cifar10"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

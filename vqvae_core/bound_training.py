@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from vqvae_core.images import images_on, images_to_pixels
-from vqvae_core.latent_model import LatentModel, decodings_in
+from vqvae_core.latent_model import decodings_in
 from vqvae_core.likelihood import bits_per_dim
-from vqvae_core.order import mix
+from vqvae_core.noise import place_seeds
 from vqvae_core.train import Piece, StepOutput, Worker, autocast, to_device
 from vqvae_core.train_config import Precision
 from vqvae_core.vae import VAE, VAEOutput
@@ -17,7 +17,7 @@ from vqvae_core.vimco import VIMCO, multi_sample_bound
 from vqvae_core.vqvae import STRIDE
 from vqvae_core.vqvae_training import in_pairs, shown
 
-_BATCH = 50  # images that are measured together; their noise is drawn together too
+_BATCH = 50  # images that are measured together
 
 
 class BoundTraining:
@@ -48,7 +48,8 @@ class BoundTraining:
 
     def step(self, batch: Tensor, piece: Piece, step: int) -> StepOutput:
         images = images_on(self._worker.device, self.model.dtype, batch)
-        noise = _noise_of(self.model, piece, len(batch), self._samples, batch, mix(self._seed, 5, step))
+        seeds = place_seeds(piece.first, len(batch), self._seed, 5, step)
+        noise = self.model.noise(seeds, self._samples, _sites(batch))
         with autocast(self._worker.device, self._precision):
             output = self.model(images, noise.to(self._worker.device), self._at_once)
         num_dims = images[0].numel()
@@ -84,13 +85,6 @@ def bits(nats: Tensor, num_dims: int) -> Tensor:
     return nats * bits_per_dim(1.0, num_dims)
 
 
-def _noise_of(model: LatentModel, piece: Piece, count: int, num_samples: int, pixels: Tensor, seed: int) -> Tensor:
-    """The noise of a piece: that of its place in the global batch, however that is cut."""
-    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
-    whole = model.noise(generator, piece.batch_size, num_samples, _sites(pixels))
-    return whole[piece.first : piece.first + count]
-
-
 def _sites(pixels: Tensor) -> tuple[int, int]:
     return pixels.shape[1] // STRIDE, pixels.shape[2] // STRIDE
 
@@ -113,9 +107,10 @@ def measure(
     precision: Precision,
     device: str = "cpu",
     at_once: int | None = None,
-    seed: int = 0,
+    first: int = 0,
 ) -> Measured:
     """Bounds on -log2 p of uint8 (N, H, W, 3), the mean over images, by the first S of the largest number of draws.
+    first: place of the first image in its split, which its draws are a function of.
 
     Of a VAE the ELBO, whose KL is in closed form, each number of samples being the draws that it is the mean of.
     """
@@ -124,8 +119,7 @@ def measure(
     parts: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(pixels), _BATCH):
         chunk = pixels[start : start + _BATCH]
-        generator = torch.Generator().manual_seed(mix(seed, 6, start) & (2**63 - 1))
-        noise = model.noise(generator, len(chunk), most, _sites(pixels)).to(device)
+        noise = model.noise(place_seeds(first + start, len(chunk), 6), most, _sites(pixels)).to(device)
         images = images_on(device, model.dtype, chunk)
         with autocast(device, precision):
             if isinstance(model, VAE):
@@ -145,7 +139,7 @@ def measure(
 def comparison(model: VAE | VIMCO, pixels: Tensor, precision: Precision, device: str = "cpu") -> bytes:
     """A PNG of pictures out of uint8 (N, H, W, 3), in rows, each row over what a draw of their latents decodes to."""
     chosen = shown(pixels)
-    noise = model.noise(torch.Generator().manual_seed(0), len(chosen), 1, _sites(pixels)).to(device)
+    noise = model.noise(place_seeds(0, len(chosen), 6), 1, _sites(pixels)).to(device)
     with autocast(device, precision):
         latents, _, _ = model.draws(images_on(device, model.dtype, chosen), noise)
         made = images_to_pixels(model.likelihood.mean(model.decoder(latents[:, 0]))).cpu()

@@ -69,32 +69,38 @@ def figures(
     precision: Precision,
     device: str,
     mebibytes: int,
-    tokens: torch.Tensor | None = None,
+    first: int = 0,
 ) -> dict[str, float]:
     """Bits/dim of uint8 (N, H, W, 3), means over images: `total_bits_per_dim`, a bound on -log2 p(x), with its parts
     `reconstruction_bits_per_dim` and `latents_bits_per_dim` where it has two; of VIMCO `bound_<S>_bits_per_dim` for
-    each number of samples, the first of which is its total. tokens: those of a VQ-VAE that are stored: `nll_nats`."""
+    each number of samples, the first of which is its total. first: place of the first image in its split, by which
+    latents are drawn."""
     if name == VQ_VAE:
-        num_dims = pixels[0].numel()
-        nll = nll_nats(model, pixels, precision, device, tokens=tokens)
-        latents = uniform_bits_per_dim(model.config, *pixels.shape[1:3])
-        reconstruction = bits_per_dim(float(nll.mean()), num_dims)
-        return {
-            "reconstruction_bits_per_dim": reconstruction,
-            "latents_bits_per_dim": latents,
-            "total_bits_per_dim": reconstruction + latents,
-        }
+        return vqvae_figures(model.config, nll_nats(model, pixels, precision, device), pixels.shape[1:3])
     at_once = decodings_in(mebibytes, model.config, *pixels.shape[1:3])
     if name == "vae":
-        found = measure(model, pixels, (1,), precision, device, at_once)
+        found = measure(model, pixels, (1,), precision, device, at_once, first)
+        assert found.reconstruction_bits_per_dim is not None and found.kl_bits_per_dim is not None, "a VAE has both"
         return {
-            "reconstruction_bits_per_dim": found.reconstruction_bits_per_dim or 0.0,
-            "latents_bits_per_dim": found.kl_bits_per_dim or 0.0,
+            "reconstruction_bits_per_dim": found.reconstruction_bits_per_dim,
+            "latents_bits_per_dim": found.kl_bits_per_dim,
             "total_bits_per_dim": found.bits_per_dim[1],
         }
-    found = measure(model, pixels, samples, precision, device, at_once)
+    found = measure(model, pixels, samples, precision, device, at_once, first)
     bounds = {f"bound_{number}_bits_per_dim": value for number, value in found.bits_per_dim.items()}
     return {"total_bits_per_dim": found.bits_per_dim[samples[0]], **bounds}
+
+
+def vqvae_figures(config: VQVAEConfig, nll_nats: torch.Tensor, size: Sequence[int]) -> dict[str, float]:
+    """The same of a VQ-VAE, from -log p(x | z) of each image (N,), for images of size (H, W)."""
+    height, width = size
+    reconstruction = bits_per_dim(float(nll_nats.mean()), 3 * height * width)
+    latents = uniform_bits_per_dim(config, height, width)
+    return {
+        "reconstruction_bits_per_dim": reconstruction,
+        "latents_bits_per_dim": latents,
+        "total_bits_per_dim": reconstruction + latents,
+    }
 
 
 def baseline_config(name: str, model: dict[str, Any], num_samples: int) -> bytes:

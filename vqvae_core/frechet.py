@@ -82,19 +82,11 @@ class RunningGaussian:
             return
         values = features.to("cpu", torch.float64)
         mean = values.mean(dim=0)
-        self._join(len(values), mean, (values - mean).T @ (values - mean))
-
-    def merge(self, other: "RunningGaussian") -> None:
-        """As if all that was added to the other had been added here."""
-        if other.count:
-            self._join(other.count, other._mean, other._scatter)
-
-    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        """Chan, Golub and LeVeque 1979: sums of squares about two means, put together."""
-        total = self.count + count
-        gap = mean - self._mean
-        self._scatter = self._scatter + scatter + torch.outer(gap, gap) * (self.count * count / total)
-        self._mean = self._mean + gap * (count / total)
+        # Chan, Golub and LeVeque 1979: sums of squares about two means, put together.
+        total, gap = self.count + len(values), mean - self._mean
+        scatter = (values - mean).T @ (values - mean) + torch.outer(gap, gap) * (self.count * len(values) / total)
+        self._scatter = self._scatter + scatter
+        self._mean = self._mean + gap * (len(values) / total)
         self.count = total
 
     def gaussian(self) -> Gaussian:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vqvae_core.quantizer import at_least_fp32
@@ -40,10 +39,3 @@ def normal_log_prob(z: Tensor, mean: Tensor | float = 0.0, log_sigma: Tensor | N
     if log_sigma is None:
         return -0.5 * (z - mean).square() - 0.5 * math.log(2 * math.pi)
     return -0.5 * ((z - mean) * (-log_sigma).exp()).square() - log_sigma - 0.5 * math.log(2 * math.pi)
-
-
-def standard_normal(seed: int, batch_size: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """Noise (count, *shape), float32 on the CPU, of samples first to first + count - 1 of a global batch: the same
-    however that is cut."""
-    generator = torch.Generator().manual_seed(seed & (2**63 - 1))
-    return torch.randn(batch_size, *shape, generator=generator)[first : first + count]

@@ -31,8 +31,9 @@ class LatentModel(nn.Module, ABC):
         return self.encoder.conv_in.weight.dtype
 
     @abstractmethod
-    def noise(self, generator: torch.Generator, batch_size: int, num_samples: int, sites: tuple[int, int]) -> Tensor:
-        """What draws of z are made of, (B, S, ...), float32 on the CPU, for latents of height x width sites."""
+    def noise(self, seeds: Sequence[int], num_samples: int, sites: tuple[int, int]) -> Tensor:
+        """What draws of z are made of, (B, S, ...), float32 on the CPU, for latents of height x width sites: a function
+        of each image's own seed."""
 
     @abstractmethod
     def draws(self, images: Float[Tensor, "b 3 h w"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

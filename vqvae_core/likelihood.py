@@ -58,7 +58,8 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def mean(self, output: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h w"]:
-        """The expected image (B, 3, H, W), in [-1, 1] but for a Gaussian's."""
+        """What stands for the image (B, 3, H, W) in pictures and PSNR: the mean, before it is cut to bins; of logistics
+        within [-1, 1]."""
 
 
 def make_likelihood(config: LikelihoodConfig, sigma: float) -> Likelihood:

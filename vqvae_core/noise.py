@@ -4,8 +4,12 @@ devices but for the last digits of a logarithm.
 Philox4x32-10 of Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", in integer operations of torch.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+from vqvae_core.order import mix
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -38,3 +42,15 @@ def gumbel_noise(seeds: Tensor, first: int, count: int, num_codes: int) -> Tenso
     # Near 0, where the largest noise comes from, float32 has all its digits; and 1 itself is not reached.
     uniform = (bits.float() + 0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def place_seeds(first: int, count: int, *seed: int) -> list[int]:
+    """A seed for each of some samples, by its place: first to first + count - 1 of a global batch, or of a split."""
+    return [mix(*seed, first + number) & (2**63 - 1) for number in range(count)]
+
+
+def drawn_by(seeds: Sequence[int], shape: Sequence[int], draw: Callable[..., Tensor] = torch.randn) -> Tensor:
+    """Noise (N, *shape), float32 on the CPU, of which each sample's is a function of its own seed: the same however a
+    batch is cut. draw: torch.randn or torch.rand."""
+    rows = [draw(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows) if rows else torch.zeros(0, *shape)

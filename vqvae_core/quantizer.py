@@ -152,6 +152,13 @@ class Quantizer(nn.Module, ABC):
         """How often each code was chosen in the last whole epoch, (G, K)."""
 
     def _check(self, tokens: Tensor) -> None:
+        groups = self.config.num_groups
+        if (tokens.shape[3:] or (1,)) != (groups,) or (tokens.dim() == 4) == (groups == 1):
+            shape = f"(B, H, W{f', {groups}' if groups > 1 else ''})"
+            raise InputError(
+                f"expected {groups} codes a site, tokens of shape {shape}, found {tuple(tokens.shape)}; were they made "
+                "by another model?"
+            )
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.config.num_codes):
             raise InputError(
                 f"expected tokens from 0 to {self.config.num_codes - 1}, found {int(tokens.min())} to "

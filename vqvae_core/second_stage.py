@@ -35,7 +35,7 @@ _BATCH = 16
 
 
 def _three_tables() -> QuantizerConfig:
-    return QuantizerConfig(num_groups=3, code_dim=16, learn_by="moving_average", revive_every=50)
+    return QuantizerConfig(num_groups=3, code_dim=16, learn_by="moving_average", decay=0.98, revive_every=50)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from vqvae_core.gaussian import standard_normal
 from vqvae_core.metrics import perplexity, usage
+from vqvae_core.noise import drawn_by, place_seeds
 from vqvae_core.order import mix
 from vqvae_core.second_stage import SecondStageNetwork
 from vqvae_core.table_upkeep import TableUpkeep
@@ -73,7 +73,7 @@ class SecondStageTraining:
 
     def step(self, batch: Batch, piece: Piece, step: int) -> StepOutput:
         tokens = batch[0].to(self._worker.device)
-        noise = self._noise(mix(self._seed, 5, step), piece.batch_size, piece.first, len(tokens))
+        noise = self._noise(place_seeds(piece.first, len(tokens), self._seed, 5, step))
         with autocast(self._worker.device, self._precision):
             output = self.model(tokens, noise)
         quantized, kl_nats = output.latent.quantized, output.latent.kl_nats
@@ -89,12 +89,11 @@ class SecondStageTraining:
                 statistics.append(self._candidates(count, mix(self._seed, 2, step), here=piece.first == 0))
         return StepOutput(output.loss_nats / self.model.shape.num_tokens, metrics, statistics)
 
-    def _noise(self, seed: int, batch_size: int, first: int, count: int) -> Tensor | None:
+    def _noise(self, seeds: list[int]) -> Tensor | None:
         """Of a Gaussian posterior: a function of a sample's place in the global batch."""
         if self.model.config.latents != "gaussian":
             return None
-        shape = (self.model.decoder.vector_features,)
-        return standard_normal(seed, batch_size, first, count, shape).to(self._worker.device, self.model.dtype)
+        return drawn_by(seeds, (self.model.decoder.vector_features,)).to(self._worker.device, self.model.dtype)
 
     def after_step(self, statistics: list[Tensor], step: int, optimizer: torch.optim.Optimizer) -> None:
         if self._upkeep is not None:
@@ -137,7 +136,7 @@ def evaluate(
     KL. shuffled_nll_nats: each image with the z of another one. bits_per_token: of nll_nats. kl_nats: of a Gaussian
     posterior, whose z is a draw by the seed. perplexity_i, usage_i: of the codes of latent i = 1, 2, ...
     """
-    noise = standard_normal(mix(seed, 6), len(tokens), 0, len(tokens), (model.decoder.vector_features,))
+    noise = drawn_by(place_seeds(0, len(tokens), seed, 6), (model.decoder.vector_features,))
     latents = []
     for part, drawn in zip(tokens.split(_CHUNK), noise.split(_CHUNK), strict=True):
         with autocast(device, precision):

@@ -1,12 +1,13 @@
 """The VAE of arXiv:1312.6114 with the VQ-VAE's encoder and decoder: a Gaussian posterior, N(0, 1) as its prior."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vqvae_core.gaussian import Gaussian, normal_log_prob
 from vqvae_core.latent_model import LatentModel
+from vqvae_core.noise import drawn_by
 from vqvae_core.shapes import Float
 from vqvae_core.vqvae import VQVAEConfig
 
@@ -26,8 +27,8 @@ class VAE(LatentModel):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config, 2 * config.quantizer.channels)
 
-    def noise(self, generator: torch.Generator, batch_size: int, num_samples: int, sites: tuple[int, int]) -> Tensor:
-        return torch.randn(batch_size, num_samples, self.config.quantizer.channels, *sites, generator=generator)
+    def noise(self, seeds: Sequence[int], num_samples: int, sites: tuple[int, int]) -> Tensor:
+        return drawn_by(seeds, (num_samples, self.config.quantizer.channels, *sites))
 
     def forward(
         self, images: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b s c h4 w4"], at_once: int | None = None

@@ -5,6 +5,7 @@ double: log w is about -1e4 nats, and differences of some nats count.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from vqvae_core.gaussian import Gaussian, normal_log_prob
 from vqvae_core.latent_model import LatentModel
+from vqvae_core.noise import drawn_by
 from vqvae_core.quantizer import at_least_fp32
 from vqvae_core.shapes import Float
 from vqvae_core.vae import gaussian_draws
@@ -79,8 +81,8 @@ class CategoricalVIMCO(VIMCO):
         super().__init__(config, quantizer.num_groups * quantizer.num_codes)
         self.tables = nn.Parameter(torch.randn(quantizer.num_groups * quantizer.num_codes, quantizer.code_dim))
 
-    def noise(self, generator: torch.Generator, batch_size: int, num_samples: int, sites: tuple[int, int]) -> Tensor:
-        return torch.rand(batch_size, num_samples, *sites, self.config.quantizer.num_groups, generator=generator)
+    def noise(self, seeds: Sequence[int], num_samples: int, sites: tuple[int, int]) -> Tensor:
+        return drawn_by(seeds, (num_samples, *sites, self.config.quantizer.num_groups), torch.rand)
 
     def draws(self, images: Float[Tensor, "b 3 h w"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         quantizer = self.config.quantizer
@@ -111,8 +113,8 @@ class GaussianVIMCO(VIMCO):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__(config, 2 * config.quantizer.channels)
 
-    def noise(self, generator: torch.Generator, batch_size: int, num_samples: int, sites: tuple[int, int]) -> Tensor:
-        return torch.randn(batch_size, num_samples, self.config.quantizer.channels, *sites, generator=generator)
+    def noise(self, seeds: Sequence[int], num_samples: int, sites: tuple[int, int]) -> Tensor:
+        return drawn_by(seeds, (num_samples, self.config.quantizer.channels, *sites))
 
     def draws(self, images: Float[Tensor, "b 3 h w"], noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         posterior = Gaussian.of(self.encoder(images))

@@ -21,6 +21,7 @@ from vqvae_core.train_config import Precision
 from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
 
 _PICTURES, _COLUMNS = 16, 8
+_BATCH, _SMALL_BATCH = 64, 4
 
 
 class VQVAETraining:
@@ -135,10 +136,11 @@ def in_pairs(pictures: Tensor, made: Tensor) -> bytes:
 
 @torch.no_grad()
 def reconstruct(
-    model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu", batch_size: int = 64
+    model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu", batch_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Pixels, uint8 (N, H, W, 3), after the round trip, and their tokens (N, H/4, W/4), or (N, H/4, W/4, G)."""
     pictures, tokens = [], []
+    batch_size = batch_size or _batch_of(model)
     for start in range(0, len(pixels), batch_size):
         chunk = pixels[start : start + batch_size].to(device)
         with autocast(device, precision):
@@ -165,28 +167,19 @@ def evaluate(model: VQVAE, pixels: Tensor, precision: Precision, device: str = "
 
 @torch.no_grad()
 def nll_nats(
-    model: VQVAE,
-    pixels: Tensor,
-    precision: Precision,
-    device: str = "cpu",
-    batch_size: int = 64,
-    tokens: Tensor | None = None,
+    model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu", batch_size: int | None = None
 ) -> Float[Tensor, "n"]:
-    """-log p(x | z) of uint8 (N, H, W, 3), float64 (N,), in nats. tokens: z, int64 (N, H/4, W/4) or (N, H/4, W/4, G);
-    None: the nearest codes. In bf16 those may be others in a batch of another size: beside the bits of stored tokens
-    belongs what the same ones leave over."""
+    """-log p(x | z_q(x)) of uint8 (N, H, W, 3), float64 (N,), in nats."""
     found = []
-    for start in range(0, len(pixels), batch_size):
-        rows = slice(start, start + batch_size)
-        images = images_on(device, model.dtype, pixels[rows])
+    for chunk in pixels.split(batch_size or _batch_of(model)):
         with autocast(device, precision):
-            if tokens is None:
-                nll = model.nll_nats(images)
-            else:
-                output = model.decoder(model.quantizer.lookup(tokens[rows].to(device)))
-                nll = model.likelihood.nll_nats(output, images)
-        found.append(nll.double().cpu())
+            found.append(model.nll_nats(images_on(device, model.dtype, chunk)).double().cpu())
     return torch.cat(found)
+
+
+def _batch_of(model: VQVAE) -> int:
+    """Images that are decoded together: few where the likelihood has hundreds of channels."""
+    return _BATCH if model.likelihood.num_channels <= _BATCH else _SMALL_BATCH
 
 
 def uniform_bits_per_dim(config: VQVAEConfig, height: int, width: int) -> float:

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+from vqvae_core.contender import figures
 from vqvae_core.images import images_to_pixels, pixels_to_images
 from vqvae_core.likelihood import (
     Categorical,
@@ -185,10 +186,11 @@ def test_a_vqvae_of_one_code_costs_its_reconstruction() -> None:
     assert int(tokens.max()) == 0
     output = model.decoder(model.quantizer.lookup(tokens)).detach()
     by_hand = -output.unflatten(1, (256, 3)).log_softmax(dim=1).gather(1, pixels.movedim(-1, 1).long()[:, None]).sum()
-    latents = tokens[0].numel() * math.log(config.quantizer.num_codes)
-    assert float(model.nll_nats(pixels_to_images(pixels)).sum()) + 2 * latents == pytest.approx(
-        float(by_hand), rel=1e-6
-    )
+    found = figures("vqvae", model, pixels, (1,), "fp32", "cpu", 64)
+    assert found["latents_bits_per_dim"] == 0
+    assert found["total_bits_per_dim"] == found["reconstruction_bits_per_dim"]
+    expected = bits_per_dim(float(by_hand) / 2, pixels[0].numel())
+    assert found["total_bits_per_dim"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -358,6 +358,11 @@ def test_each_group_learns_from_its_own_latents() -> None:
 def test_groups_refuse_a_token_outside_their_tables() -> None:
     with pytest.raises(InputError, match="expected tokens from 0 to 7, found 0 to 8"):
         grouped().lookup(torch.tensor([[[[0, 8, 1, 2]]]]))
+    for shape in ((1, 2, 2), (1, 2, 2, 3)):
+        with pytest.raises(InputError, match=r"expected 4 codes a site, tokens of shape \(B, H, W, 4\), found \(1, 2"):
+            grouped().lookup(torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(InputError, match=r"expected 1 codes a site, tokens of shape \(B, H, W\), found"):
+        make_quantizer(QuantizerConfig(num_codes=8, code_dim=3)).lookup(torch.zeros(1, 2, 2, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="num_groups must be 1, was 2"):
         QuantizerConfig(levels=(4, 4), num_groups=2)
     with pytest.raises(ValueError, match="num_groups must be at least 1, was 0"):

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from vqvae_core.bound_training import measure
-from vqvae_core.gaussian import Gaussian, normal_log_prob, standard_normal
+from vqvae_core.gaussian import Gaussian, normal_log_prob
 from vqvae_core.images import pixels_to_images
 from vqvae_core.likelihood import LikelihoodConfig
+from vqvae_core.noise import drawn_by, place_seeds
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.vae import VAE
 from vqvae_core.vimco import CategoricalVIMCO, multi_sample_bound
@@ -32,7 +33,7 @@ def test_the_elbo_is_the_mean_of_the_log_weights() -> None:
     torch.manual_seed(0)
     model = VAE(CONFIG).double()
     images = pixels_to_images(PIXELS[:2]).double()
-    noise = model.noise(torch.Generator().manual_seed(1), 2, 4000, (2, 2))
+    noise = model.noise(place_seeds(0, 2, 1), 4000, (2, 2))
     with torch.no_grad():
         output = model(images, noise)
         latents, log_q, log_p = model.draws(images, noise)
@@ -45,15 +46,18 @@ def test_the_elbo_is_the_mean_of_the_log_weights() -> None:
 def test_the_encoder_learns_through_the_draw() -> None:
     torch.manual_seed(0)
     model = VAE(CONFIG)
-    noise = model.noise(torch.Generator().manual_seed(1), 2, 1, (2, 2))
+    noise = model.noise(place_seeds(0, 2, 1), 1, (2, 2))
     model(pixels_to_images(PIXELS[:2]), noise).nll_nats.sum().backward()
     assert all(bool(p.grad.any()) for p in model.encoder.parameters())  # type: ignore[union-attr]
 
 
 def test_noise_belongs_to_a_place_in_the_global_batch() -> None:
-    whole = standard_normal(7, 12, 0, 12, (3, 2))
-    assert torch.equal(torch.cat([standard_normal(7, 12, first, 4, (3, 2)) for first in (0, 4, 8)]), whole)
-    assert not torch.equal(standard_normal(8, 12, 0, 12, (3, 2)), whole)
+    whole = drawn_by(place_seeds(0, 12, 7, 5), (3, 2))
+    assert torch.equal(torch.cat([drawn_by(place_seeds(first, 4, 7, 5), (3, 2)) for first in (0, 4, 8)]), whole)
+    assert not torch.equal(drawn_by(place_seeds(0, 12, 8, 5), (3, 2)), whole)
+    assert len({tuple(row.flatten().tolist()) for row in whole}) == 12
+    many = drawn_by(place_seeds(0, 4000, 1), (2,))
+    assert abs(float(many.mean())) < 0.05 and float(many.std()) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize("at_once", [None, 3])
@@ -64,6 +68,17 @@ def test_a_measured_bound_does_not_depend_on_memory(at_once: int | None) -> None
     other = measure(model, PIXELS, (1, 4), "fp32", at_once=50)
     assert found.bits_per_dim == pytest.approx(other.bits_per_dim, rel=1e-6)
     assert found.bits_per_dim[4] < found.bits_per_dim[1]
+
+
+def test_a_measured_bound_does_not_depend_on_how_images_are_cut() -> None:
+    """Draws belong to an image's place in the split, so that shards of any size give one figure."""
+    torch.manual_seed(0)
+    model = CategoricalVIMCO(CONFIG).eval()
+    whole = measure(model, PIXELS, (4,), "fp32").bits_per_dim[4]
+    parts = [measure(model, PIXELS[first : first + 26], (4,), "fp32", first=first) for first in range(0, 130, 26)]
+    assert sum(part.bits_per_dim[4] for part in parts) / 5 == pytest.approx(whole, rel=1e-6)
+    other = measure(model, PIXELS[26:52], (4,), "fp32").bits_per_dim[4]
+    assert other != pytest.approx(parts[1].bits_per_dim[4], rel=1e-6)
 
 
 def test_a_measured_elbo_has_two_parts() -> None:

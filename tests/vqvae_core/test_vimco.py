@@ -10,6 +10,7 @@ import torch
 from vqvae_core.images import pixels_to_images
 from vqvae_core.latent_model import decodings_in
 from vqvae_core.likelihood import LikelihoodConfig
+from vqvae_core.noise import place_seeds
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.vimco import (
     CategoricalVIMCO,
@@ -90,11 +91,10 @@ def test_the_gradient_of_the_model_is_exact_in_the_mean_over_many_draws() -> Non
     model, image = tiny()
     parameters = list(model.parameters())
     exact = flat(torch.autograd.grad(expected_bound(*enumerated(model, image), 2), parameters))
-    generator = torch.Generator().manual_seed(5)
     total, count = torch.zeros_like(exact), 0
-    for _ in range(6):
+    for part in range(6):
         images = image.expand(5000, -1, -1, -1)
-        noise = model.noise(generator, len(images), 2, (1, 1))
+        noise = model.noise(place_seeds(5000 * part, 5000, 5), 2, (1, 1))
         loss = model(images, noise).loss_nats.mean()
         total += flat(torch.autograd.grad(-loss, parameters))
         count += 1
@@ -113,7 +113,7 @@ def test_the_bound_is_below_the_likelihood_and_tightens() -> None:
     assert bounds == sorted(bounds) and bounds[-1] <= exact
     assert bounds[3] - bounds[0] > 0.05
     with torch.no_grad():
-        noise = model.noise(torch.Generator().manual_seed(2), 4000, 4, (1, 1))
+        noise = model.noise(place_seeds(0, 4000, 2), 4, (1, 1))
         found = model(image.expand(4000, -1, -1, -1), noise).bound_nats
     assert float(found.mean()) == pytest.approx(bounds[3], abs=5 * float(found.std()) / 4000**0.5)
 
@@ -140,7 +140,7 @@ def test_nats_in_fp32_are_summed_in_double() -> None:
 
 def test_the_decoder_learns_from_the_weights_and_the_encoder_from_the_signal() -> None:
     model, image = tiny()
-    noise = model.noise(torch.Generator().manual_seed(0), 1, 4, (1, 1))
+    noise = model.noise([0], 4, (1, 1))
     model(image, noise).loss_nats.sum().backward()
     for part in (model.encoder, model.decoder):
         assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in part.parameters())
@@ -164,7 +164,7 @@ def test_parts_of_the_decodings_equal_the_whole(kind: type) -> None:
     torch.manual_seed(0)
     model = kind(CONFIG).double()
     images = pixels_to_images(torch.randint(0, 256, (3, 8, 12, 3), dtype=torch.uint8)).double()
-    noise = model.noise(torch.Generator().manual_seed(1), 3, 5, (2, 3))
+    noise = model.noise([1, 2, 3], 5, (2, 3))
     found = []
     for at_once in (None, 1, 4, 7):
         output = model(images, noise, at_once)
@@ -179,7 +179,7 @@ def test_a_gaussian_posterior_has_the_density_of_torch() -> None:
     torch.manual_seed(0)
     model = GaussianVIMCO(CONFIG).double()
     images = pixels_to_images(torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)).double()
-    latents, log_q, log_p = model.draws(images, model.noise(torch.Generator().manual_seed(1), 2, 4, (2, 2)))
+    latents, log_q, log_p = model.draws(images, model.noise([1, 2], 4, (2, 2)))
     assert not latents.requires_grad and log_q.requires_grad
     mean, log_sigma = model.encoder(images).chunk(2, dim=1)
     normal = torch.distributions.Normal(mean[:, None], log_sigma.exp()[:, None])
