@@ -109,6 +109,8 @@ def test_messages(tmp_path: Path) -> None:
     base = arguments(tmp_path / "cifar", tmp_path / "root")
     with pytest.raises(InputError, match=r"expected one of vae-0, vqvae-0, vimco-0 after --only, found 'vae-1'"):
         compare.main([*base, "--only", "vae-1"])
+    with pytest.raises(InputError, match="expected a prior of the images alone.*; give --prior.no-use-labels"):
+        compare.main([argument for argument in base if argument != "--prior.no-use-labels"])
     with pytest.raises(InputError, match="expected a likelihood with bits for the table, found a density"):
         compare.main([*base, "--vqvae.likelihood.kind", "density"])
 
@@ -166,6 +168,10 @@ def test_the_program(tmp_path: Path) -> None:
         sum(by_model["vqvae", seed, None]["total"] for seed in (0, 1)) / 2
     )
     assert table.read("table.md").decode() in done.stdout
+    manifests = [Artifact.open(Folder.of(path.parent)).manifest for path in root.glob("train_v*/manifest.json")]
+    assert len(manifests) == 6
+    for manifest in manifests:  # what --config replays
+        assert manifest.provenance["config"]["train"]["seed"] == manifest.recipe["train"]["seed"]
     page = (root / "comparison.html").read_text()
     assert "VIMCO, categorical" in page and page.count("data:image/png") >= 4
     before = contents(root)
@@ -187,4 +193,9 @@ def test_side_by_side(tmp_path: Path) -> None:
     two = run(source, tmp_path / "two", *models, "--resources.cpus-per-worker", "1", "--resources.side-by-side", "2")
     assert one.returncode == two.returncode == 0, two.stdout + two.stderr
     assert "[vae-0] " in two.stdout and "[vqvae-0] " in two.stdout
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    made = contents(tmp_path / "two")
+    assert contents(tmp_path / "one") == made
+    env = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1"}  # it would fail to connect
+    again = run(source, tmp_path / "two", *models, "--resources.side-by-side", "2", env=env)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "[vae-0] " not in again.stdout and contents(tmp_path / "two") == made
