@@ -26,6 +26,9 @@ CONFIG = VQVAEConfig(
 )  # fmt: skip
 
 
+FAST = {("vae", "fp32"), ("vqvae", "fp32"), ("vimco", "fp32")}
+
+
 def a_task(
     name: str, schedule: TrainConfig, worker: Worker, dtype: torch.dtype = torch.float32, mebibytes: int = 64
 ) -> tuple[Trainable, InMemory]:
@@ -40,8 +43,14 @@ def a_task(
     return task, batches
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", NAMES)
+RESUMED = [
+    pytest.param(name, precision, marks=() if (name, precision) in FAST else pytest.mark.slow)
+    for name in NAMES
+    for precision in ("fp32", "bf16")
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), RESUMED)
 def test_resume_equals_no_interruption(tmp_path: Path, name: str, precision) -> None:
     """Weights and curves, bit for bit; VIMCO computes a part of its decodings twice."""
     schedule = replace(SCHEDULE, precision=precision)

@@ -25,6 +25,7 @@ CONFIGS: dict[str, SecondStageConfig] = {
     "codes by loss": replace(CONFIG, quantizer=replace(TABLES, learn_by="loss")),
     "codes on the sphere": replace(CONFIG, quantizer=replace(TABLES, normalize=True)),
 }
+CASES = [pytest.param(case, marks=() if case in ("codes", "gaussian") else pytest.mark.slow) for case in CONFIGS]
 
 
 def a_task(
@@ -49,7 +50,7 @@ def run(
     return task.model, train(task, batches, schedule, worker, "run", resume)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
 def test_resume_equals_no_interruption(tmp_path: Path, case: str) -> None:
     """After any step: weights, tables, statistics and curves, bit for bit."""
     states: dict[int, TrainingState] = {}
@@ -88,7 +89,7 @@ def run_ranks(world_size: int, case: str, schedule: TrainConfig, *, micro_batch:
 THIRTY = replace(SCHEDULE, steps=30, log_every=30, validate_every=30, learning_rate=2e-4)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
 def test_many_ranks_and_pieces_equal_one(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a k-means++ start and revivals, or noise: only the order of sums differs."""
     revived, whole = [], VectorQuantizer.revive
