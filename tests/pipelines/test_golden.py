@@ -181,8 +181,8 @@ def test_likelihoods(tmp_path: Path, golden: dict) -> None:
         entries = {file["path"]: (out.read(file["path"]), 0) for file in value["files"]}
         kind = "VQVAEModel" if name == "vqvae" else "BaselineModel"
         model = artifact(out, kind, entries, value["facts"])
-        job = {"images": images(root).folder.uri, "model": model.folder.uri, "contender": name, "precision": "fp32",
-               "samples": [3], "tokens": None, "prior": None, "mebibytes": 64, "out": (root / f"{name}-bits").uri, "first": 0,
+        job = {"images": images(root).folder.uri, "model": model.folder.uri, "contender": name, "first": 0,
+               "samples": [3], "tokens": None, "prior": None, "mebibytes": 64, "out": (root / f"{name}-bits").uri,
                "work": "w", "use_gpu": False, "name": "validation-000000", "threads": 1}  # fmt: skip
         assert measure_bits.Measurer()(read_shard(job))["error"] == ""
         measured = json.loads((root / f"{name}-bits").read("validation-000000.json"))
