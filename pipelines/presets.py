@@ -148,7 +148,7 @@ CIFAR10_SMALL = PipelineConfig(
     ),
     train=TrainConfig(
         steps=3000,
-        batch_size=64,
+        batch_size=32,
         num_lanes=4,
         learning_rate=2e-3,
         beta2=0.99,
