@@ -93,9 +93,12 @@ def _summary(pipeline: Pipeline, seconds: float, report: str | None) -> str:
     share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
     lines = [f"done in {seconds:.1f} s{share}"]
     tracker = pipeline.tracker
-    if tracker.uri:
-        command = "mlflow ui --backend-store-uri " if tracker.uri.startswith("sqlite") else ""
-        lines.append(f"runs:   {command}{tracker.place}")
+    if tracker.uri.startswith("sqlite"):
+        lines.append(f"runs:   mlflow ui --backend-store-uri {tracker.place}")
+        if tracker.page:
+            lines.append(f"        at http://127.0.0.1:5000{tracker.page}")
+    elif tracker.uri:
+        lines.append(f"runs:   {tracker.place.rstrip('/')}{tracker.page}")
     if report is not None:
         lines.append(f"report: {pipeline.root.path(report)}")
     return "\n".join(lines)

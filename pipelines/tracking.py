@@ -68,6 +68,12 @@ class Tracker:
         return re.sub(r"//[^/@]*@", "//***@", self.uri)
 
     @property
+    def page(self) -> str:
+        """The runs on a server, after its address; MLflow's own first page is an overview of traces."""
+        experiment = self._experiment
+        return "" if experiment is None else f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+    @property
     def client(self) -> Any:
         if self._client is None:
             os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -251,7 +257,7 @@ class StageRun:
         client = self._tracker.client
         for path in ("model.safetensors", "config.json"):
             _log_file(client, run_id, path, artifact.read(path), folder="model")
-        name = artifact.manifest.kind
+        name = model_name(artifact)
         if not client.search_registered_models(filter_string=f"name = '{name}'"):
             from mlflow.exceptions import MlflowException
 
@@ -261,6 +267,12 @@ class StageRun:
         tags = {"fingerprint": artifact.manifest.fingerprint, "content": artifact.manifest.content}
         version = client.create_model_version(name, source=source, run_id=run_id, tags=tags)
         client.set_registered_model_alias(name, "newest", version.version)
+
+
+def model_name(artifact: Artifact) -> str:
+    """What a model is registered as: its kind, and which one of the kind, so that `newest` is among its like."""
+    variants = [artifact.facts[name] for name in ("name", "latents") if name in artifact.facts]
+    return "-".join([artifact.manifest.kind, *variants])
 
 
 def _log_file(client: Any, run_id: str, name: str, data: bytes, folder: str | None = None) -> None:

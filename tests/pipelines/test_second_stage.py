@@ -148,7 +148,7 @@ def test_the_runs_in_mlflow(done: tuple[Path, str]) -> None:
         names = {name for (name,) in store.execute("select distinct key from metrics").fetchall()}
         assert {"validation_shuffled_nll_nats", "kl_nats", "final.gain_over_blank_nats_mean"} <= names
         models = {name for (name,) in store.execute("select name from model_versions").fetchall()}
-        assert models == {"VQVAEModel", "SecondStageModel"}
+        assert models == {"VQVAEModel", *(f"SecondStageModel-{kind}" for kind in ("codes", "none", "gaussian"))}
     shown = {path.name for path in (done[0] / "mlartifacts").rglob("*")}
     assert {"decodings.png", "walk.png", "table.md", "report.html"} <= shown
 

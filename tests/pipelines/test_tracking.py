@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.tracking import Tracker
-from vqvae_core.artifacts import commit
+from vqvae_core.artifacts import FileEntry, commit
 from vqvae_core.storage import Folder
 
 
@@ -46,3 +46,33 @@ def test_labels_are_no_metrics_and_names_fit_the_store(tmp_path: Path) -> None:
     assert run.run_id is not None
     logged = tracker.client.get_run(run.run_id).data.metrics
     assert logged == {"final.rejects.cannot be _odd__ decoded": 2, "seconds": 1.0, "work_seconds": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_newest_of_a_kind_of_model_is_one_of_its_like(tmp_path: Path) -> None:
+    tracker = Tracker(Folder.of(tmp_path), "name", {}, "f")
+    tracker.start()
+    models = [
+        ("VQVAEModel", {"K": 8}),
+        ("BaselineModel", {"name": "vae"}),
+        ("SecondStageModel", {"latents": "codes"}),
+        ("SecondStageModel", {"latents": "none"}),
+    ]
+    for kind, facts in models:
+        folder = Folder.of(tmp_path / f"{kind}-{next(iter(facts.values()))}")
+        files = [FileEntry.of(name, b"{}") for name in ("model.safetensors", "config.json")]
+        for file in files:
+            folder.write(file.path, b"{}")
+        artifact = commit(folder, kind=kind, stage="s", stage_version=1, fingerprint=folder.name, recipe={}, inputs={},
+                          files=files, facts=facts, provenance={"seconds": 1.0, "work_seconds": 0.5})  # fmt: skip
+        tracker.stage("train", folder.name, {}, {}).finish(artifact)
+    client = tracker.client
+    expected = {
+        "VQVAEModel": "VQVAEModel-8",
+        "BaselineModel-vae": "BaselineModel-vae",
+        "SecondStageModel-codes": "SecondStageModel-codes",
+        "SecondStageModel-none": "SecondStageModel-none",
+    }
+    newest = {name: client.get_model_version_by_alias(name, "newest").tags["fingerprint"] for name in expected}
+    assert newest == expected
+    assert tracker.page == "/#/experiments/1/runs?workflowType=machine_learning"
