@@ -8,6 +8,7 @@ encoder.onnx: pixels, uint8 (N, H, W, 3), to tokens, int64 (N, H/4, W/4); decode
 import argparse
 
 from pipelines import cli
+from pipelines.preflight import check_place
 from vqvae_core.onnx_export import export
 from vqvae_core.storage import Folder
 from vqvae_core.vqvae import VQVAE
@@ -19,7 +20,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", default="onnx", help="folder to write to, local or s3:// (onnx)")
     options = parser.parse_args(arguments)
     out = Folder.of(options.out)
-    out.check_writable()
+    check_place(out)
     for name, data in export(VQVAE.load(Folder.of(options.model).uri)).items():
         out.write(name, data)
         print(f"{name}: {len(data) / 2**20:.1f} MiB: {out.path(name)}")

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.session import Session
 from pipelines import cli
 from pipelines.config import PipelineConfig, config_to_manifest
+from pipelines.preflight import check_place
 from pipelines.stage import Pipeline
 from pipelines.tracking import Tracker
 from pipelines.train_vqvae import resolve_precision
@@ -40,7 +41,7 @@ def conduct(
     """
     begin = time.monotonic()
     config, root = resolve(options.config, schedules), Folder.of(options.root)
-    root.check_writable()
+    check_place(root)
     config.data.check()
     resolved = config_to_manifest(config)
     identity: dict[str, Any] = {**resolved, "resources": None, "preset": options.preset}

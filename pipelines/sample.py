@@ -22,6 +22,7 @@ import torch
 from cluster.session import ResourceError, Session
 from pipelines import ray_train
 from pipelines.config import Resources, SampleConfig, recipe_of
+from pipelines.preflight import check_place
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from pipelines.tokenize_images import encoded
@@ -263,7 +264,7 @@ def main(arguments: list[str]) -> None:
     home = Folder(prior.folder.uri.rpartition("/")[0])
     vqvae = _vqvae(prior, home, options.vqvae)
     root = Folder.of(options.root) if options.root else home
-    root.check_writable()
+    check_place(root)
     completion = _completion(options.complete, options.keep, vqvae) if options.complete else None
     session = Session()
     resources = Resources(num_workers=max(1, options.gpus), use_gpu=options.gpus > 0)

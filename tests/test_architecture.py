@@ -22,6 +22,8 @@ EXCEPTIONS = {"vqvae_core/shapes.py": {"jaxtyping"}, "vqvae_core/decoding.py": {
 # package -> the only files that may import it
 CONFINED = {
     "mlflow": {"pipelines/tracking.py"},
+    "boto3": {"pipelines/preflight.py"},
+    "botocore": {"pipelines/preflight.py"},
     "tyro": {"pipelines/cli.py"},
     "vizdoom": {"pipelines/sources/vizdoom.py"},
     "matplotlib": {"pipelines/report.py"},
