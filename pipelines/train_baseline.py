@@ -5,24 +5,19 @@ import dataclasses
 import json
 from typing import Any
 
-import torch
-
 from pipelines import ray_train
 from pipelines.config import PipelineConfig, recipe_of
 from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
-from pipelines.train_vqvae import RECONSTRUCTIONS, load_best, read_pixels, sharing_its_core, write_files
+from pipelines.train_vqvae import RECONSTRUCTIONS, begin, load_best, read_pixels, write_files
 from vqvae_core.artifacts import Artifact, FileEntry
-from vqvae_core.augment import AugmentConfig, centre_crop
+from vqvae_core.augment import centre_crop
 from vqvae_core.bound_training import comparison
 from vqvae_core.checkpoint import TrainingState, config_from_json, save_model
 from vqvae_core.contender import KIND, baseline_config, figures, make_model, make_task, samples_of
 from vqvae_core.image_shards import ImageShards
-from vqvae_core.loader import ImageLoader
-from vqvae_core.order import mix
 from vqvae_core.storage import Folder
 from vqvae_core.train import Worker, train
-from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import VQVAEConfig
 
 VERSION = 1
@@ -69,19 +64,8 @@ def _build(pipeline: Pipeline, settings: dict[str, Any], space: Workspace, run: 
 
 def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
     """Runs on each rank, with or without Ray. Rank 0 writes the model's files and returns them with their facts."""
-    images = ImageShards.open(Folder(settings["images"]))
-    name, schedule = settings["name"], TrainConfig(**settings["train"])
-    loader = ImageLoader(
-        images,
-        schedule,
-        AugmentConfig(**settings["augment"]),
-        rank=worker.rank,
-        world_size=worker.world_size,
-        num_workers=settings["loader_workers"],
-        warn=worker.warn,
-    )
-    worker = sharing_its_core(worker, loader)
-    torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))  # the same initial weights on every rank
+    name = settings["name"]
+    images, schedule, loader, worker = begin(settings, worker)
     model = make_model(name, config_from_json(VQVAEConfig, settings["model"]))
     task = make_task(
         name,

@@ -85,21 +85,8 @@ def _build(pipeline: Pipeline, settings: dict[str, Any], space: Workspace, run: 
 
 def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
     """Runs on each rank, with or without Ray. Rank 0 writes the model's files and returns them with their facts."""
-    images = ImageShards.open(Folder(settings["images"]))
-    config = config_from_json(VQVAEConfig, settings["model"])
-    schedule = TrainConfig(**settings["train"])
-    loader = ImageLoader(
-        images,
-        schedule,
-        AugmentConfig(**settings["augment"]),
-        rank=worker.rank,
-        world_size=worker.world_size,
-        num_workers=settings["loader_workers"],
-        warn=worker.warn,
-    )
-    worker = sharing_its_core(worker, loader)
-    torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))  # the same initial weights on every rank
-    model = VQVAE(config)
+    images, schedule, loader, worker = begin(settings, worker)
+    model = VQVAE(config_from_json(VQVAEConfig, settings["model"]))
     task = VQVAETraining(
         model,
         steps=schedule.steps,
@@ -114,6 +101,23 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
         return {}
     best = load_best(task, history, worker)
     return _finish(settings, model, images, loader, schedule, history, worker, best)
+
+
+def begin(settings: dict[str, Any], worker: Worker) -> tuple[ImageShards, TrainConfig, ImageLoader, Worker]:
+    """What a training on image shards starts with, on each rank: shards, schedule, their batches, and the worker. The
+    generator of initial weights is seeded, alike on all ranks."""
+    images, schedule = ImageShards.open(Folder(settings["images"])), TrainConfig(**settings["train"])
+    loader = ImageLoader(
+        images,
+        schedule,
+        AugmentConfig(**settings["augment"]),
+        rank=worker.rank,
+        world_size=worker.world_size,
+        num_workers=settings["loader_workers"],
+        warn=worker.warn,
+    )
+    torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
+    return images, schedule, loader, sharing_its_core(worker, loader)
 
 
 def sharing_its_core(worker: Worker, loader: ImageLoader) -> Worker:

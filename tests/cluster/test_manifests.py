@@ -198,4 +198,4 @@ def looks_like_one(value: str) -> bool:
 
 def test_a_secret_would_be_found() -> None:
     assert looks_like_one(base64.b64encode(b"a" * 24).decode()) and not looks_like_one("vqvae-mlflow")
-    assert list(leaves({"env": [{"name": "PASSWORD", "value": "x"}]}))[0] == ("PASSWORD", "x")
+    assert next(leaves({"env": [{"name": "PASSWORD", "value": "x"}]})) == ("PASSWORD", "x")
