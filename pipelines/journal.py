@@ -8,6 +8,7 @@ import contextlib
 import json
 import threading
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from vqvae_core.storage import Folder
 Entry = Mapping[str, Any]  # a JSON object
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two attempts
 _SECONDS_BETWEEN_SAVES = 10.0
+_PLACE = "tracking"
+_SECONDS_OF_HOPE = 5.0  # for a store that does not answer, at the end
 
 
 class RefusedError(Exception):
@@ -28,23 +31,22 @@ class Journal:
     """Entries on their way to a store.
 
     send: takes one entry; raises `RefusedError` where the store will never take it, anything else where it should be
-    tried again. The file `name` in `folder` has what was not sent when the last journal of that name ended; it is sent
-    first.
+    tried again. folder: its `tracking/` has files of what was not sent when a journal ended, each of its own name, so
+    that several may share it; a new one sends what it finds there first.
     """
 
     def __init__(
         self,
         send: Callable[[Entry], None],
         folder: Folder,
-        name: str,
         *,
         say: Callable[[str], None] = print,
         first_pause: float = _FIRST_PAUSE,
     ) -> None:
-        self._send, self._folder, self._name, self._say, self._first_pause = send, folder, name, say, first_pause
+        self._send, self._folder, self._say, self._first_pause = send, folder, say, first_pause
         self._changed = threading.Condition()
+        self._own_file, self._files = f"{_PLACE}/waiting-{uuid.uuid4().hex[:12]}.json", set[str]()
         self._waiting: deque[Entry] = deque(self._kept())
-        self._on_disk = bool(self._waiting)
         self._failures, self._saved, self._closed, self._hurried = 0, 0.0, False, False
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -56,13 +58,16 @@ class Journal:
             self._changed.notify_all()
 
     def wait(self, seconds: float) -> bool:
-        """Whether all was sent within so many seconds."""
-        deadline = time.monotonic() + seconds
+        """Whether all was sent within so many seconds; within a few of them where the store does not answer."""
+        begin = time.monotonic()
         with self._changed:
             self._hurried = True  # whoever waits does not wait for a pause to end
             self._changed.notify_all()
-            while self._waiting and time.monotonic() < deadline:
-                self._changed.wait(deadline - time.monotonic())
+            while self._waiting:
+                left = begin + (min(seconds, _SECONDS_OF_HOPE) if self._failures else seconds) - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, 1.0))
             self._hurried = False
             return not self._waiting
 
@@ -114,10 +119,11 @@ class Journal:
         if self._failures:
             self._say(f"tracking: the store answers again, {len(self._waiting)} waiting entries are sent")
             self._failures = 0
-        if self._on_disk and len(self._waiting) == 1:  # what comes meanwhile was never in the file
+        if self._files and len(self._waiting) == 1:  # what comes meanwhile was never in a file
             with contextlib.suppress(OSError, InputError):
-                self._folder.delete(self._name)
-                self._on_disk = False
+                for name in sorted(self._files):
+                    self._folder.delete(name)
+                self._files.clear()
         with self._changed:
             self._waiting.popleft()
             self._changed.notify_all()
@@ -126,22 +132,27 @@ class Journal:
         with self._changed:
             text = json.dumps(list(self._waiting))
         try:
-            self._folder.write(self._name, text.encode())
-            self._on_disk = True
+            self._folder.write(self._own_file, text.encode())
+            self._files.add(self._own_file)
         except (OSError, InputError) as error:  # the curves are in the artifacts as well
             self._say(f"tracking: what waits could not be kept: {_reason(error)}")
         self._saved = time.monotonic()
 
     def _kept(self) -> list[Entry]:
-        try:
-            found = json.loads(self._folder.read(self._name))
-        except FileNotFoundError:
-            return []
-        except ValueError:
-            found = None
-        if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            self._say(f"tracking: {self._folder.path(self._name)} is not a list of entries; it is left out")
-            return []
+        """What the files of earlier journals have, and of others that run beside this one."""
+        found: list[Entry] = []
+        for name in (f"{_PLACE}/{name}" for name in self._folder.list(_PLACE) if name.startswith("waiting-")):
+            try:
+                entries = json.loads(self._folder.read(name))
+            except FileNotFoundError:  # another one has just sent it
+                continue
+            except ValueError:
+                entries = None
+            if isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries):
+                found += entries
+                self._files.add(name)
+            else:
+                self._say(f"tracking: {self._folder.path(name)} is not a list of entries; it is left out")
         return found
 
 

@@ -51,13 +51,13 @@ def conduct(
     tracker = Tracker(root, name, resolved, hash_json(identity), enabled=options.track)
     session = Session()
     pipeline = Pipeline(root, config.resources, session, tracker, resolved)
-    status, page = "FAILED", None
+    status, written = "FAILED", None
     tracker.start()
     try:
         make_page = stages(pipeline, config)
         if make_page is not None:
-            page = make_page(time.monotonic() - begin)
-            root.write(report, page)
+            root.write(report, make_page(time.monotonic() - begin))
+            written = report
         status = "FINISHED"
     except (KeyboardInterrupt, StoppedError):
         status = "KILLED"
@@ -67,8 +67,10 @@ def conduct(
             session.close()
         finally:
             if ends_run:
-                tracker.finish(status, page)
-    return pipeline, _summary(pipeline, time.monotonic() - begin, report if page is not None else None)
+                tracker.finish(status, written)
+            else:
+                tracker.close()
+    return pipeline, _summary(pipeline, time.monotonic() - begin, written)
 
 
 def resolve(config: PipelineConfig, names: Sequence[str] = _SCHEDULES) -> PipelineConfig:

@@ -157,10 +157,10 @@ class Pipeline:
         reused = artifact is not None
         if artifact is None and not self.makes:
             raise NotMadeError(stage)
+        work = hash_json({"fingerprint": fingerprint, "inputs": {k: reference(v) for k, v in inputs.items()}})[:16]
         if artifact is not None and self.makes:
-            self.tracker.catch_up(stage, artifact)
+            self.tracker.catch_up(work, artifact)
         if artifact is None:
-            work = hash_json({"fingerprint": fingerprint, "inputs": {k: reference(v) for k, v in inputs.items()}})[:16]
             # Before any work: impossible resources fail within seconds.
             self.cpus_per_worker()
             run = self.tracker.stage(stage, work, recipe, inputs)

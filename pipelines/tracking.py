@@ -1,24 +1,39 @@
 """MLflow: one parent run per pipeline, a child per stage. The only file that knows it.
 
-The driver owns all runs and logs for all workers, in batches. Tracking that fails never stops the work and says so.
+The driver owns all runs and logs for all workers. What is logged is an entry of a journal (pipelines/journal.py): a
+thread sends it, and a store that is down keeps it waiting, never the work. A run is named by a tag that the pipeline
+knows, since its id is the store's to give.
 """
 
+import base64
 import contextlib
+import functools
 import json
+import logging
 import math
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from vqvae_core.artifacts import Artifact, canonical_json
+from pipelines.journal import Entry, Journal, RefusedError
+from vqvae_core.artifacts import Artifact, ArtifactError, canonical_json
 from vqvae_core.storage import Folder
 
-T = TypeVar("T")
 EXPERIMENT = "vqvae-pipeline"
 _MAX_PARAM_CHARACTERS = 500
+_SECONDS_TO_SEND, _SECONDS_FOR_AN_ID = 120.0, 5.0  # where the store answers
+# The store answers, and would say the same tomorrow. That a password is wrong is mended, and what waits is kept.
+_FINAL = {
+    "INVALID_PARAMETER_VALUE",
+    "RESOURCE_DOES_NOT_EXIST",
+    "RESOURCE_ALREADY_EXISTS",
+    "BAD_REQUEST",
+    "INVALID_STATE",
+}
 _SHOWN = (
     "contact_sheet.png",
     "data.json",
@@ -41,26 +56,13 @@ class Tracker:
         self.uri: str = os.environ.get("MLFLOW_TRACKING_URI") or (
             f"sqlite:///{root.path('mlflow.db')}" if root.is_local else ""
         )
-        self._root, self._name, self._config, self._fingerprint = root, name, config, fingerprint
-        self._client: Any = None
-        self._parent = ""
-        self._experiment: str | None = None
-        self._failed = not enabled
+        self._root, self._name, self._config = root, name, config
+        self._key = ["pipeline.fingerprint", fingerprint]
+        self._store: _Store | None = None
+        self._journal: Journal | None = None
+        self._on = enabled and bool(self.uri)
         if enabled and not self.uri:
-            self._failed = True
             print("tracking: off, since an s3:// root has no SQLite store; set MLFLOW_TRACKING_URI to a server")
-
-    def attempt(self, action: Callable[[], T]) -> T | None:
-        """Do something with MLflow; where it fails, say so once and go on without."""
-        if self._failed:
-            return None
-        try:
-            return action()
-        except Exception as error:  # a store can fail in any way; none of them may stop training
-            self._failed = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            print(f"tracking: off for the rest of this run, {self.place} failed: {reason}", flush=True)
-            return None
 
     @property
     def place(self) -> str:
@@ -70,203 +72,286 @@ class Tracker:
     @property
     def page(self) -> str:
         """The runs on a server, after its address; MLflow's own first page is an overview of traces."""
-        experiment = self._experiment
+        experiment = None if self._store is None else self._store.experiment
         return "" if experiment is None else f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
-
-    @property
-    def client(self) -> Any:
-        if self._client is None:
-            os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-            # A server that is down is given up within seconds, not minutes.
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-            import logging
-
-            logging.getLogger("alembic").setLevel(logging.ERROR)
-            import mlflow
-
-            logging.getLogger("mlflow").setLevel(logging.ERROR)
-            mlflow.set_tracking_uri(self.uri)
-            mlflow.set_registry_uri(self.uri)
-            self._client = mlflow.MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
-        return self._client
 
     def start(self) -> None:
         """Open the parent run: the one that an earlier call of the same config in this root began, if there is one."""
-        self.attempt(self._start)
-
-    def _start(self) -> None:
-        experiment = self.client.get_experiment_by_name(EXPERIMENT)
-        if experiment is None:
-            location = f"file://{self._root.path('mlartifacts')}" if self.uri.startswith("sqlite") else None
-            self._experiment = self.client.create_experiment(EXPERIMENT, artifact_location=location)
-        else:
-            self._experiment = experiment.experiment_id
-        self._parent = self._find("pipeline.fingerprint", self._fingerprint) or ""
-        if self._parent:
-            self.client.update_run(self._parent, status="RUNNING")
+        if not self._on:
             return
-        tags = {"pipeline.fingerprint": self._fingerprint, "pipeline.root": self._root.uri}
-        self._parent = self.client.create_run(self._experiment, run_name=self._name, tags=tags).info.run_id
-        self._log_params(self._parent, self._config)
+        is_local = self.uri.startswith("sqlite")
+        self._store = _Store(self.uri, f"file://{self._root.path('mlartifacts')}" if is_local else None)
+        self._store.connect(first_call=is_local)
+        self._journal = Journal(self._store.send, self._root, say=_say)
+        tags = {"pipeline.root": self._root.uri}
+        self.tell("open", self._key, name=self._name, tags=tags, params=_params(self._config))
 
-    def _find(self, tag: str, value: str) -> str | None:
-        filter_string = f"tags.`{tag}` = '{value}'"
-        found = self.client.search_runs([self._experiment], filter_string=filter_string, max_results=1)
-        return found[0].info.run_id if found else None
-
-    def _log_params(self, run_id: str, config: Any) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(name, str(value)[:_MAX_PARAM_CHARACTERS]) for name, value in _flat(config).items()]
-        for start in range(0, len(params), 100):
-            self.client.log_batch(run_id, params=params[start : start + 100])
+    def tell(self, what: str, key: Sequence[str], **more: Any) -> None:
+        """An entry for a run. Never waits."""
+        if self._journal is not None:
+            self._journal.put({"do": what, "key": list(key), **more})
 
     def stage(self, name: str, work: str, recipe: Any, inputs: Mapping[str, Artifact]) -> "StageRun":
         """The child run of a stage: the one that an earlier run of the same work began, if there is one."""
-        run = StageRun(self, name)
-        run.run_id = self.attempt(lambda: self._stage(name, work, recipe, inputs))
+        run = StageRun(self, work)
+        self.tell(
+            "open",
+            run.key,
+            name=name,
+            tags={"stage.name": name},
+            parent=self._key,
+            params=_params(recipe),
+            datasets={label: _dataset(artifact) for label, artifact in inputs.items()},
+        )
         return run
 
-    def _stage(self, name: str, work: str, recipe: Any, inputs: Mapping[str, Artifact]) -> str:
-        found = self._find("stage.work", work)
-        if found is not None:
-            self.client.update_run(found, status="RUNNING")
-            return found
-        tags = {"mlflow.parentRunId": self._parent, "stage.work": work, "stage.name": name}
-        run_id = self.client.create_run(self._experiment, run_name=name, tags=tags).info.run_id
-        self._log_params(run_id, recipe)
-        if inputs:
-            from mlflow.entities import DatasetInput, InputTag
+    def run_id(self, key: Sequence[str]) -> str | None:
+        """The store's id of a run, where it answers."""
+        if self._journal is None or self._store is None:
+            return None
+        self._journal.wait(_SECONDS_FOR_AN_ID)
+        return self._store.known(key)
 
-            datasets = [
-                DatasetInput(_dataset(artifact), [InputTag("mlflow.data.context", label)])
-                for label, artifact in inputs.items()
-            ]
-            self.client.log_inputs(run_id, datasets=datasets)
-        return run_id
-
-    def catch_up(self, stage: str, artifact: Artifact) -> None:
+    def catch_up(self, work: str, artifact: Artifact) -> None:
         """Finish the run of a reused artifact, where a kill came between the artifact and its run's end."""
-        run_id = artifact.manifest.provenance["mlflow_run"]
-        if run_id:
-            self.attempt(lambda: self._catch_up(stage, run_id, artifact))
+        self.tell("catch_up", StageRun(self, work).key, artifact=artifact.folder.uri)
 
-    def _catch_up(self, stage: str, run_id: str, artifact: Artifact) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            status = self.client.get_run(run_id).info.status
-        except MlflowException:  # the artifact was made with another store
-            return
-        if status != "FINISHED":
-            run = StageRun(self, stage)
-            run.run_id = run_id
-            run.finish(artifact)
-
-    def finish(self, status: str, report: bytes | None = None) -> None:
-        """End the parent run: FINISHED, FAILED or KILLED."""
-        if not self._parent:
+    def finish(self, status: str, report: str | None = None) -> None:
+        """End the parent run: FINISHED, FAILED or KILLED. report: name of a page in the root. What the store does not
+        take within a few seconds is kept in the root."""
+        if self._journal is None:
             return
         if report is not None:
-            self.attempt(lambda: _log_file(self.client, self._parent, "report.html", report))
-        self.attempt(lambda: self.client.set_terminated(self._parent, status=status))
+            self.tell("file", self._key, folder=self._root.uri, path=report, name="report.html")
+        self.tell("end", self._key, status=status)
+        self.close()
 
-    def log_parent(self, metrics: Mapping[str, float]) -> None:
-        if self._parent:
-            self.attempt(lambda: self._log_metrics(self._parent, [(0, metrics)]))
-
-    def _log_metrics(self, run_id: str, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(name, float(value), now, step)
-            for step, point in points
-            for name, value in point.items()
-            if isinstance(value, int | float) and math.isfinite(value)
-        ]
-        for start in range(0, len(metrics), 1000):
-            self.client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    def close(self) -> None:
+        """Send what waits. The run stays open."""
+        left, self._journal = 0 if self._journal is None else self._journal.close(_SECONDS_TO_SEND), None
+        if left:
+            place = self._root.path("tracking")
+            _say(f"tracking: {left} entries for {self.place} wait in {place}; the same command sends them")
 
 
 class StageRun:
-    """The child run of one stage."""
+    """The child run of one stage. work: names the job exactly."""
 
-    def __init__(self, tracker: Tracker, name: str) -> None:
-        self._tracker, self._name = tracker, name
-        self.run_id: str | None = None
+    def __init__(self, tracker: Tracker, work: str) -> None:
+        self._tracker, self.key = tracker, ["stage.work", work]
+
+    @property
+    def run_id(self) -> str | None:
+        return self._tracker.run_id(self.key)
 
     def log(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Points of curves: (step, metrics)."""
-        run_id = self.run_id
-        if points and run_id is not None:
-            self._tracker.attempt(lambda: self._tracker._log_metrics(run_id, points))
+        if points:
+            rows = [[step, _numbers(point)] for step, point in points]
+            self._tracker.tell("points", self.key, time=_now(), points=rows)
 
     def show(self, step: int, pictures: Mapping[str, bytes]) -> None:
         """PNG files by name, of a step."""
-        run_id = self.run_id
-        if run_id is None:
-            return
         for name, data in pictures.items():
-            file = f"{name.removesuffix('.png')}-{step:06d}.png"
-            self._tracker.attempt(
-                lambda file=file, data=data: _log_file(self._tracker.client, run_id, file, data, folder="validation")
-            )
+            file, text = f"{name.removesuffix('.png')}-{step:06d}.png", base64.b64encode(data).decode()
+            self._tracker.tell("file", self.key, name=file, below="validation", data=text)
 
     def fail(self) -> None:
         """End the run as failed: the same command goes on with it."""
-        run_id = self.run_id
-        if run_id is not None:
-            self._tracker.attempt(lambda: self._tracker.client.set_terminated(run_id, status="FAILED"))
+        self._tracker.tell("end", self.key, status="FAILED")
 
     def finish(self, artifact: Artifact) -> None:
         """Log the artifact's numbers and pictures, register it where it is a model, and end the run."""
-        run_id = self.run_id
-        if run_id is not None:
-            self._tracker.attempt(lambda: self._finish(run_id, artifact))
+        self._tracker.tell("finish", self.key, artifact=artifact.folder.uri, time=_now())
 
-    def _finish(self, run_id: str, artifact: Artifact) -> None:
-        client = self._tracker.client
+
+class _Store:
+    """Takes a journal's entries to MLflow; each may come twice."""
+
+    def __init__(self, uri: str, location: str | None) -> None:
+        """location: where the artifacts of a new experiment go; None: where the server says."""
+        self._uri, self._location = uri, location
+        self.experiment: str | None = None
+        self._runs: dict[tuple[str, ...], str] = {}
+
+    def known(self, key: Sequence[str]) -> str | None:
+        return self._runs.get(tuple(key))
+
+    def send(self, entry: Entry) -> None:
+        """Raises `RefusedError` where MLflow will never take it, anything else where it may later."""
+        actions: dict[str, Callable[[Entry], None]] = {
+            "open": self._open,
+            "points": self._points,
+            "file": self._file,
+            "finish": self._finish,
+            "catch_up": self._catch_up,
+            "end": lambda entry: self._client.set_terminated(self._run(entry), status=entry["status"]),
+        }
+        from mlflow.exceptions import MlflowException
+
+        try:
+            actions[entry["do"]](entry)
+        except MlflowException as error:
+            if error.error_code in _FINAL:
+                raise RefusedError(str(error)) from error
+            raise
+
+    def connect(self, *, first_call: bool) -> None:
+        """Import what is needed, here and not by the journal's thread, beside which others are imported; with a first
+        call, which for SQLite imports more and makes the file. It may fail: the journal asks again."""
+        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+        # A server that is down is given up within seconds, not minutes, and asked again.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+        logging.getLogger("alembic").setLevel(logging.ERROR)
+        import mlflow
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        mlflow.set_tracking_uri(self._uri)
+        mlflow.set_registry_uri(self._uri)
+        if first_call:
+            with contextlib.suppress(Exception):
+                self._in_experiment()
+
+    @functools.cached_property
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+
+    def _in_experiment(self) -> str:
+        if self.experiment is None:
+            found = self._client.get_experiment_by_name(EXPERIMENT)
+            if found is None:
+                self.experiment = self._client.create_experiment(EXPERIMENT, artifact_location=self._location)
+            else:
+                self.experiment = found.experiment_id
+        assert self.experiment is not None
+        return self.experiment
+
+    def _find(self, key: Sequence[str]) -> str | None:
+        found = self._runs.get(tuple(key))
+        if found is None:
+            tag, value = key
+            runs = self._client.search_runs([self._in_experiment()], f"tags.`{tag}` = '{value}'", max_results=1)
+            if not runs:
+                return None
+            found = self._runs[tuple(key)] = runs[0].info.run_id
+        return found
+
+    def _run(self, entry: Entry) -> str:
+        found = self._find(entry["key"])
+        if found is None:
+            raise RefusedError(f"no run with the tag {entry['key'][0]} {entry['key'][1]}, was it deleted?")
+        return found
+
+    def _open(self, entry: Entry) -> None:
+        found = self._find(entry["key"])
+        if found is not None:
+            self._client.update_run(found, status="RUNNING")
+            return
+        tag, value = entry["key"]
+        tags = {**entry["tags"], tag: value}
+        if "parent" in entry:
+            tags["mlflow.parentRunId"] = self._run({"key": entry["parent"]})
+        run = self._client.create_run(self._in_experiment(), run_name=entry["name"], tags=tags).info.run_id
+        self._runs[tuple(entry["key"])] = run
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+        params = [Param(name, text) for name, text in entry["params"].items()]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(run, params=params[start : start + 100])
+        inputs = [
+            DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", label)])
+            for label, dataset in entry.get("datasets", {}).items()
+        ]
+        if inputs:
+            self._client.log_inputs(run, datasets=inputs)
+
+    def _points(self, entry: Entry) -> None:
+        self._log(self._run(entry), entry["points"], entry["time"])
+
+    def _log(self, run: str, points: Sequence[Sequence[Any]], now: int) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, now, step) for step, point in points for name, value in point.items()]
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(run, metrics=metrics[start : start + 1000])
+
+    def _file(self, entry: Entry) -> None:
+        run = self._run(entry)
+        if "data" in entry:
+            data = base64.b64decode(entry["data"])
+        else:
+            try:
+                data = Folder(entry["folder"]).read(entry["path"])
+            except FileNotFoundError as error:
+                raise RefusedError(f"{entry['path']} is no longer there") from error
+        self._put(run, entry["name"], data, entry.get("below"))
+
+    def _put(self, run: str, name: str, data: bytes, below: str | None = None) -> None:
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / name
+            path.write_bytes(data)
+            self._client.log_artifact(run, str(path), below)
+
+    def _finish(self, entry: Entry) -> None:
+        run, artifact = self._run(entry), _opened(entry["artifact"])
         facts = {name: value for name, value in artifact.facts.items() if name != "label_map"}  # it may be long
-        numbers = {f"final.{_metric(name)}": value for name, value in _flat(facts).items() if _is_number(value)}
-        seconds = {f"{name}": artifact.manifest.provenance[name] for name in ("seconds", "work_seconds")}
-        self._tracker._log_metrics(run_id, [(0, {**numbers, **seconds})])
+        numbers = {f"final.{_metric(name)}": value for name, value in _flat(facts).items()}
+        seconds = {name: artifact.manifest.provenance[name] for name in ("seconds", "work_seconds")}
+        self._log(run, [[0, _numbers({**numbers, **seconds})]], entry["time"])
         if "history.json" in artifact.files:
-            self._fill(run_id, json.loads(artifact.read("history.json")))
-        client.set_tag(run_id, "artifact", artifact.folder.uri)
-        client.set_tag(run_id, "artifact.content", artifact.manifest.content)
-        _log_file(client, run_id, "manifest.json", artifact.manifest.dump())
+            self._fill(run, json.loads(artifact.read("history.json")), entry["time"])
+        self._client.set_tag(run, "artifact", artifact.folder.uri)
+        self._client.set_tag(run, "artifact.content", artifact.manifest.content)
+        self._put(run, "manifest.json", artifact.manifest.dump())
         for path in _SHOWN:
             if path in artifact.files:
-                _log_file(client, run_id, path, artifact.read(path))
+                self._put(run, path, artifact.read(path))
         if "model.safetensors" in artifact.files:
-            self._register(run_id, artifact)
-        client.set_terminated(run_id, status="FINISHED")
+            self._register(run, artifact)
+        self._client.set_terminated(run, status="FINISHED")
 
-    def _fill(self, run_id: str, history: list[dict[str, float]]) -> None:
+    def _catch_up(self, entry: Entry) -> None:
+        run = self._find(entry["key"])  # None: the artifact was made with another store
+        if run is not None and self._client.get_run(run).info.status != "FINISHED":
+            self._finish({**entry, "time": _now()})
+
+    def _fill(self, run: str, history: list[dict[str, float]], now: int) -> None:
         """Log the points that a kill kept from the store."""
         first = next(name for name in history[0] if name != "step")
-        known = {metric.step for metric in self._tracker.client.get_metric_history(run_id, first)}
-        points = [(int(point["step"]), {name: value for name, value in point.items() if name != "step"})
+        known = {metric.step for metric in self._client.get_metric_history(run, first)}
+        points = [[int(point["step"]), _numbers({name: value for name, value in point.items() if name != "step"})]
                   for point in history if point["step"] not in known]  # fmt: skip
-        self._tracker._log_metrics(run_id, points)
+        self._log(run, points, now)
 
-    def _register(self, run_id: str, artifact: Artifact) -> None:
+    def _register(self, run: str, artifact: Artifact) -> None:
         """Log the weights with their config and register them, with the alias `newest`."""
-        client = self._tracker.client
+        client = self._client
         for path in ("model.safetensors", "config.json"):
-            _log_file(client, run_id, path, artifact.read(path), folder="model")
+            self._put(run, path, artifact.read(path), "model")
         name = model_name(artifact)
         if not client.search_registered_models(filter_string=f"name = '{name}'"):
             from mlflow.exceptions import MlflowException
 
             with contextlib.suppress(MlflowException):  # another training was faster: the next call would say the rest
                 client.create_registered_model(name)
-        source = f"{client.get_run(run_id).info.artifact_uri}/model"
-        tags = {"fingerprint": artifact.manifest.fingerprint, "content": artifact.manifest.content}
-        version = client.create_model_version(name, source=source, run_id=run_id, tags=tags)
+        content = artifact.manifest.content
+        known = client.search_model_versions(f"name = '{name}' and run_id = '{run}'")
+        version = next((one for one in known if one.tags.get("content") == content), None)
+        if version is None:
+            source = f"{client.get_run(run).info.artifact_uri}/model"
+            tags = {"fingerprint": artifact.manifest.fingerprint, "content": content}
+            version = client.create_model_version(name, source=source, run_id=run, tags=tags)
         client.set_registered_model_alias(name, "newest", version.version)
+
+
+def _opened(uri: str) -> Artifact:
+    try:
+        return Artifact.open(Folder(uri))
+    except (FileNotFoundError, ArtifactError) as error:
+        raise RefusedError(f"{uri} cannot be read any more: {error}") from error
 
 
 def model_name(artifact: Artifact) -> str:
@@ -275,24 +360,37 @@ def model_name(artifact: Artifact) -> str:
     return "-".join([artifact.manifest.kind, *variants])
 
 
-def _log_file(client: Any, run_id: str, name: str, data: bytes, folder: str | None = None) -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / name
-        path.write_bytes(data)
-        client.log_artifact(run_id, str(path), folder)
-
-
-def _dataset(artifact: Artifact) -> Any:
-    from mlflow.entities import Dataset
-
-    digest = artifact.manifest.content[:36]
+def _dataset(artifact: Artifact) -> dict[str, str]:
+    """An artifact as MLflow's dataset."""
     profile = canonical_json({name: value for name, value in artifact.facts.items() if name != "label_map"})
-    source = canonical_json({"uri": artifact.folder.uri})
-    return Dataset(
-        name=artifact.folder.name, digest=digest, source_type="local", source=source, profile=profile[:10_000]
-    )
+    return {
+        "name": artifact.folder.name,
+        "digest": artifact.manifest.content[:36],
+        "source_type": "local",
+        "source": canonical_json({"uri": artifact.folder.uri}),
+        "profile": profile[:10_000],
+    }
+
+
+def _params(config: Any) -> dict[str, str]:
+    return {name: str(value)[:_MAX_PARAM_CHARACTERS] for name, value in _flat(config).items()}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """What a store can take as metrics."""
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _metric(name: str) -> str:
@@ -306,7 +404,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         pairs = [_flat(inner, f"{prefix}.{name}" if prefix else str(name)) for name, inner in value.items()]
         return {name: inner for pair in pairs for name, inner in pair.items()}
     return {prefix: value}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -32,7 +32,7 @@ def said() -> list[str]:
 
 
 def journal(store: Store, place: Path, said: list[str]) -> Journal:
-    return Journal(store.send, Folder.of(place), "waiting.json", say=said.append, first_pause=0.01)
+    return Journal(store.send, Folder.of(place), say=said.append, first_pause=0.01)
 
 
 def test_entries_come_in_order_and_leave_no_file(tmp_path: Path, said: list[str]) -> None:
@@ -42,7 +42,7 @@ def test_entries_come_in_order_and_leave_no_file(tmp_path: Path, said: list[str]
     for number in range(50):
         found.put({"n": number})
     assert found.close(10) == 0
-    assert store.took == list(range(50)) and said == [] and list(tmp_path.iterdir()) == []
+    assert store.took == list(range(50)) and said == [] and list((tmp_path / "tracking").glob("*")) == []
 
 
 def test_a_store_that_is_down_for_a_while(tmp_path: Path, said: list[str]) -> None:
@@ -56,7 +56,7 @@ def test_a_store_that_is_down_for_a_while(tmp_path: Path, said: list[str]) -> No
     store.up.set()
     assert found.wait(10)
     assert store.took == list(range(20))
-    assert found.close(1) == 0 and list(tmp_path.iterdir()) == []
+    assert found.close(1) == 0 and list((tmp_path / "tracking").glob("*")) == []
     assert said[0] == "tracking: the store does not answer (refused); what is logged waits, and is sent later"
     assert said[1].startswith("tracking: the store answers again") and len(said) == 2
 
@@ -68,7 +68,7 @@ def test_telling_does_not_wait_for_a_store_that_hangs(tmp_path: Path, said: list
         entered.set()
         assert go.wait(30)
 
-    found = Journal(send, Folder.of(tmp_path), "waiting.json", say=said.append)
+    found = Journal(send, Folder.of(tmp_path), say=said.append)
     found.put({"n": 0})
     assert entered.wait(10)
     for number in range(1000):
@@ -83,13 +83,13 @@ def test_what_waits_is_sent_by_the_next_one(tmp_path: Path, said: list[str]) -> 
     for number in range(5):
         first.put({"n": number})
     assert first.close(0.05) == 5
-    assert (tmp_path / "waiting.json").exists()
+    assert len(list((tmp_path / "tracking").glob("*"))) == 1
     store.up.set()
     second = journal(store, tmp_path, said)
     second.put({"n": 5})
     assert second.close(10) == 0
     assert store.took == [0, 1, 2, 3, 4, 5]
-    assert not (tmp_path / "waiting.json").exists()
+    assert list((tmp_path / "tracking").glob("*")) == []
 
 
 def test_a_kill_while_the_store_is_down_loses_nothing_that_was_kept(tmp_path: Path, said: list[str]) -> None:
@@ -99,12 +99,12 @@ def test_a_kill_while_the_store_is_down_loses_nothing_that_was_kept(tmp_path: Pa
     first.put({"n": 7})
     assert store.asked.wait(10)
     for _ in range(500):
-        if (tmp_path / "waiting.json").exists():
+        if list((tmp_path / "tracking").glob("waiting-*.json")):
             break
         threading.Event().wait(0.01)
     store.up.set()  # nothing of `first` is closed: it could as well be dead
     assert first.wait(10)
-    (tmp_path / "waiting.json").write_text('[{"n": 7}]')  # as a kill before the deletion leaves it
+    (tmp_path / "tracking" / "waiting-1.json").write_text('[{"n": 7}]')  # as a kill before the deletion leaves it
     assert journal(store, tmp_path, said).close(10) == 0
     assert store.took == [7, 7]  # twice, which does no harm: a metric has its step and its time
 
@@ -121,7 +121,8 @@ def test_an_entry_that_is_refused_does_not_hold_up_the_others(tmp_path: Path, sa
 
 @pytest.mark.parametrize("text", ["{", '{"n": 1}', "[1]"])
 def test_a_broken_file_is_told(tmp_path: Path, said: list[str], text: str) -> None:
-    (tmp_path / "waiting.json").write_text(text)
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / "waiting-1.json").write_text(text)
     store = Store()
     store.up.set()
     found = journal(store, tmp_path, said)
