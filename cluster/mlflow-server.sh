@@ -14,6 +14,7 @@ admin_password = ${MLFLOW_TRACKING_PASSWORD:?}
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 END
 export MLFLOW_AUTH_CONFIG_PATH="$settings"
+# Not as an argument, which every process on the machine could read.
+export MLFLOW_BACKEND_STORE_URI="postgresql://${DATABASE_USER:-mlflow}:${DATABASE_PASSWORD:?}@${DATABASE_HOST:?}/${DATABASE_NAME:-mlflow}"
 exec mlflow server --host 0.0.0.0 --port "${PORT:-5000}" --workers "${WORKERS:-2}" --app-name basic-auth \
-    --backend-store-uri "postgresql://${DATABASE_USER:-mlflow}:${DATABASE_PASSWORD:?}@${DATABASE_HOST:?}/${DATABASE_NAME:-mlflow}" \
     --artifacts-destination "${ARTIFACTS:?}" --allowed-hosts "${ALLOWED_HOSTS:?}"

@@ -141,10 +141,14 @@ class Journal:
     def _kept(self) -> list[Entry]:
         """What the files of earlier journals have, and of others that run beside this one."""
         found: list[Entry] = []
-        for name in (f"{_PLACE}/{name}" for name in self._folder.list(_PLACE) if name.startswith("waiting-")):
+        try:
+            names = [f"{_PLACE}/{name}" for name in self._folder.list(_PLACE) if name.startswith("waiting-")]
+        except (OSError, InputError):  # the work will say what is the matter with its root
+            names = []
+        for name in names:
             try:
                 entries = json.loads(self._folder.read(name))
-            except FileNotFoundError:  # another one has just sent it
+            except OSError:  # another one has just sent it; or the next command will
                 continue
             except ValueError:
                 entries = None

@@ -24,6 +24,7 @@ from vqvae_core.artifacts import Artifact, ArtifactError, canonical_json
 from vqvae_core.storage import Folder
 
 EXPERIMENT = "vqvae-pipeline"
+_WITHOUT_USER = re.compile(r"//[^/@\s]*@")
 _MAX_PARAM_CHARACTERS = 500
 _SECONDS_TO_SEND, _SECONDS_FOR_AN_ID = 120.0, 5.0  # where the store answers
 # The store answers, and would say the same tomorrow. That a password is wrong is mended, and what waits is kept.
@@ -67,7 +68,7 @@ class Tracker:
     @property
     def place(self) -> str:
         """The store without user and password."""
-        return re.sub(r"//[^/@]*@", "//***@", self.uri)
+        return _WITHOUT_USER.sub("//***@", self.uri)
 
     @property
     def page(self) -> str:
@@ -173,6 +174,7 @@ class _Store:
         self._uri, self._location = uri, location
         self.experiment: str | None = None
         self._runs: dict[tuple[str, ...], str] = {}
+        self._half_open: set[tuple[str, ...]] = set()  # runs that the store has, but not yet their params
 
     def known(self, key: Sequence[str]) -> str | None:
         return self._runs.get(tuple(key))
@@ -207,8 +209,14 @@ class _Store:
         import mlflow
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
+        before = {name: os.environ.get(name) for name in ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")}
         mlflow.set_tracking_uri(self._uri)
         mlflow.set_registry_uri(self._uri)
+        for name, value in before.items():  # MLflow sets them, and the tracker of another root would believe them
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         if first_call:
             with contextlib.suppress(Exception):
                 self._in_experiment()
@@ -246,16 +254,27 @@ class _Store:
         return found
 
     def _open(self, entry: Entry) -> None:
-        found = self._find(entry["key"])
-        if found is not None:
+        found, key = self._find(entry["key"]), tuple(entry["key"])
+        if found is None:
+            found = self._create(entry)
+            self._half_open.add(key)
+        if key not in self._half_open:
             self._client.update_run(found, status="RUNNING")
             return
+        self._describe(found, entry)
+        self._half_open.remove(key)
+
+    def _create(self, entry: Entry) -> str:
         tag, value = entry["key"]
         tags = {**entry["tags"], tag: value}
         if "parent" in entry:
             tags["mlflow.parentRunId"] = self._run({"key": entry["parent"]})
         run = self._client.create_run(self._in_experiment(), run_name=entry["name"], tags=tags).info.run_id
-        self._runs[tuple(entry["key"])] = run
+        self._runs[tag, value] = run
+        return run
+
+    def _describe(self, run: str, entry: Entry) -> None:
+        """Params and inputs of a new run."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
         params = [Param(name, text) for name, text in entry["params"].items()]
@@ -390,7 +409,8 @@ def _now() -> int:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    """Print a line without the user and password of any address in it."""
+    print(_WITHOUT_USER.sub("//***@", line), flush=True)
 
 
 def _metric(name: str) -> str:

@@ -106,3 +106,39 @@ def test_the_newest_of_a_kind_of_model_is_one_of_its_like(tmp_path: Path) -> Non
     newest = {name: client.get_model_version_by_alias(name, "newest").tags["fingerprint"] for name in expected}
     assert newest == expected
     assert tracker.page == "/#/experiments/1/runs?workflowType=machine_learning"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_store_that_goes_down_while_a_run_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is there, its params are not: they follow."""
+    calls = []
+    log_batch = MlflowClient.log_batch
+
+    def fails_once(*arguments, **named) -> None:
+        calls.append(named)
+        if len(calls) == 1:
+            raise ConnectionError("http://user:secret@host is gone")
+        log_batch(*arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fails_once)
+    tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1}, "f")
+    tracker.start()
+    tracker.finish("FINISHED")
+    runs = client_of(tracker).search_runs(["1"])
+    assert [(run.data.params, run.info.status) for run in runs] == [({"a": "1"}, "FINISHED")]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_password_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments, **named) -> None:
+        raise ConnectionError("http://user:secret@host is gone")
+
+    monkeypatch.setattr(MlflowClient, "search_runs", fails)
+    monkeypatch.setattr(journal, "_SECONDS_OF_HOPE", 0.1)
+    tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1}, "f")
+    tracker.start()
+    tracker.finish("FINISHED")
+    said = capsys.readouterr().out
+    assert "http://***@host is gone" in said and "secret" not in said
