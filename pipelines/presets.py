@@ -143,7 +143,7 @@ CIFAR10_SMALL = PipelineConfig(
         commitment_cost=150.0,  # beside a sum over 3,072 sub-pixels, of a run 80 times shorter than the paper's
         likelihood=LikelihoodConfig(kind="logistic"),
         quantizer=QuantizerConfig(
-            num_codes=512, code_dim=4, num_groups=10, learn_by="moving_average", decay=0.95, revive_every=50
+            num_codes=512, code_dim=2, num_groups=10, learn_by="moving_average", decay=0.95, revive_every=50
         ),
     ),
     train=TrainConfig(
