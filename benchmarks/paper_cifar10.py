@@ -13,10 +13,8 @@ at most 0.3 bits/dim above the VAE (0.16 in the paper). The last line is one JSO
 """
 
 import argparse
-import contextlib
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,32 +24,19 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from benchmarks.bare import InMemory, preset, visit
 from benchmarks.peers import Bar, report
 from pipelines.config import PipelineConfig
-from pipelines.presets import PRESETS
 from vqvae_core.artifacts import hash_bytes, hash_json
 from vqvae_core.checkpoint import StateFolder
 from vqvae_core.contender import NAMES, VQ_VAE, figures, make_model, make_task
 from vqvae_core.decoding import decode
-from vqvae_core.order import Order, OrderConfig, mix, permutation
+from vqvae_core.order import mix, permutation
 from vqvae_core.storage import Folder
-from vqvae_core.train import StoppedError, Worker, best_step, train
 from vqvae_core.train_config import best_precision
-from vqvae_core.weight_average import load_weights
 
 HELD_OUT = 5000
 _ABOVE = 0.3
-
-
-class InMemory:
-    """Batches out of pixels in memory, in the order of `Order`."""
-
-    def __init__(self, pixels: Tensor, config: OrderConfig) -> None:
-        self.pixels, self.order = pixels, Order([("all", len(pixels))], config)
-
-    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
-        for step in range(start, stop):
-            yield self.pixels[torch.from_numpy(self.order.batch(step, range(self.order.config.num_lanes)).rows)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,9 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=None, help="of the whole schedule; the preset's where left out")
     parser.add_argument("--measure", type=int, default=1000, help="test images that are measured; 0: none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="such as train.learning-rate=1e-3")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
-    config = PRESETS[options.preset][0]
+    config = preset(options.preset, options.set)
     models = tuple(options.models or config.compare.models)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     schedule = replace(config.train, seed=options.seed, precision=best_precision(device))
@@ -76,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train_pixels, validation, test = read_splits(Path(options.data), options.seed)
     rows: dict[str, dict[str, Any]] = {}
     for name in models:
-        rows[name] = visit(
+        rows[name] = measured(
             name, config, Path(options.states), train_pixels, validation, test[: options.measure], device,
             seconds=options.seconds / len(models), compiled=not options.no_compile,
         )  # fmt: skip
@@ -89,12 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {
         "preset": options.preset, "steps": schedule.steps, "seed": options.seed, "measured_images": options.measure,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "precision": schedule.precision,
-        "likelihood": config.vqvae.likelihood.kind, "schedule_done": done,
+        "likelihood": config.vqvae.likelihood.kind, "set": options.set, "schedule_done": done,
     }  # fmt: skip
     return report("paper_cifar10", settings, bars, {"models": rows})
 
 
-def visit(
+def measured(
     name: str,
     config: PipelineConfig,
     states: Path,
@@ -113,48 +99,26 @@ def visit(
     told = {"name": name, "model": config.vqvae, "train": schedule, "samples": compare.train_samples}
     identity = hash_json({**told, "pixels": hash_bytes(pixels.numpy().tobytes())})[:16]
     folder = StateFolder(Folder.of(states) / f"{name}-{identity}", identity, keep=1)
-    resume = folder.newest()
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
     model: Any = make_model(name, config.vqvae)
-    deadline = time.monotonic() + seconds
-    worker = Worker(
-        device=device,
-        checkpoint_every=10**9,
-        compile=compiled
-        and device == "cuda"
-        and name == VQ_VAE,  # the others' decodings are checkpointed, not compiled
-        save=folder.save,
-        flush=folder.wait,
-        asked=lambda: "stop" if time.monotonic() > deadline else "",
-        warn=print,
-    )
-    batches = InMemory(pixels, schedule)
-    task = make_task(
-        name, model, steps=schedule.steps, steps_per_epoch=batches.order.steps_per_epoch,
-        num_samples=compare.train_samples, seed=schedule.seed, precision=schedule.precision, worker=worker,
-        validation=validation[: schedule.validation_images], mebibytes=mebibytes,
+    batches = InMemory(schedule, pixels)
+    made = visit(
+        lambda worker: make_task(
+            name, model, steps=schedule.steps, steps_per_epoch=batches.order.steps_per_epoch,
+            num_samples=compare.train_samples, seed=schedule.seed, precision=schedule.precision, worker=worker,
+            validation=validation[: schedule.validation_images], mebibytes=mebibytes,
+        ),
+        batches, schedule, folder, device=device, seconds=seconds,
+        compiled=compiled and name == VQ_VAE,  # the others' decodings are checkpointed, not compiled
     )  # fmt: skip
-    begin = time.monotonic()
-    start = resume.step if resume is not None else 0
-    if seconds > 0 and start < schedule.steps:
-        with contextlib.suppress(StoppedError):
-            train(task, batches, schedule, worker, identity, resume)
-    took = time.monotonic() - begin
-    state = folder.newest()
-    row: dict[str, Any] = {"steps": 0 if state is None else state.step}
-    if state is None:
-        return row
-    best = best_step(state.history, task) if state.step == schedule.steps else None
-    chosen = state if best is None else folder.load(best)
-    load_weights(model, (chosen or state).tensors)
-    row["weights_of_step"] = (chosen or state).step
-    row["images_per_second"] = (
-        round((state.step - start) * schedule.batch_size / took, 1) if state.step > start else None
-    )
+    if made is None:
+        return {"steps": 0}
+    row: dict[str, Any] = {
+        "steps": made.steps, "weights_of_step": made.weights_of_step, "images_per_second": made.images_per_second
+    }  # fmt: skip
     if len(test):
         row |= figures(name, model.eval(), test, compare.report_samples, "fp32", device, mebibytes)
-    keys = ("validation_bits_per_dim", "validation_reconstruction_bits_per_dim")
-    row["curve"] = [[point["step"], point[key]] for point in state.history for key in keys if key in point]
+    row["curve"] = made.curve("validation_bits_per_dim", "validation_reconstruction_bits_per_dim")
     return row
 
 

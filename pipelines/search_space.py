@@ -10,6 +10,7 @@ import dataclasses
 import math
 import random
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -81,6 +82,17 @@ def parse_all(texts: list[str], config: PipelineConfig) -> list[Dimension]:
     if not found:
         raise InputError(f"expected at least one field to search over, found none; {_EXAMPLE}")
     return found
+
+
+def with_fields(config: PipelineConfig, texts: Sequence[str]) -> PipelineConfig:
+    """The config with other values in some fields, from `FIELD=VALUE` each. Raises `InputError` as `parse` does."""
+    for text in texts:
+        field, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"expected FIELD=VALUE, such as train.learning-rate=1e-3, found {text!r}")
+        field = field.lstrip("-").replace("-", "_")
+        config = with_values(config, {field: _value(field, value, _type_of(field, config))})
+    return config
 
 
 def with_values(config: PipelineConfig, values: dict[str, Value]) -> PipelineConfig:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import paper_cifar10
+from benchmarks import bare, paper_cifar10
 from pipelines.presets import PRESETS
 from tests.pipelines.data import frame
 from tests.pipelines.test_cli import ROOT
@@ -50,13 +50,13 @@ def test_visits_go_on(cifar: Path, small: None, tmp_path: Path, capsys, monkeypa
     whole = last_line(capsys)
     assert whole["settings"]["schedule_done"] and [bar["name"] for bar in whole["bars"]]
     clock = iter(range(10**6))
-    monkeypatch.setattr(paper_cifar10.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(bare.time, "monotonic", lambda: float(next(clock)))
     assert paper_cifar10.main([*base, "--states", str(tmp_path / "two"), "--seconds", "9"]) == 0
     first = last_line(capsys)
     steps = {name: row["steps"] for name, row in first["figures"]["models"].items()}
     assert all(0 < count < 7 for count in steps.values()), steps
     assert not first["settings"]["schedule_done"] and not first["bars"]
-    monkeypatch.setattr(paper_cifar10.time, "monotonic", lambda: next(clock) / 1000)
+    monkeypatch.setattr(bare.time, "monotonic", lambda: next(clock) / 1000)
     assert paper_cifar10.main([*base, "--states", str(tmp_path / "two"), "--seconds", "600"]) in (0, 1)
     again = last_line(capsys)
     for name, row in whole["figures"]["models"].items():
@@ -76,10 +76,14 @@ def test_splits_are_disjoint_and_whole(cifar: Path) -> None:
     assert rows == {np.ascontiguousarray(frame(number, 32)).tobytes() for number in range(96)}
 
 
-def test_it_needs_no_other_packages() -> None:
-    """A bare machine has torch, numpy, pyarrow, pillow and safetensors."""
+def check_bare(module: str) -> None:
+    """A module needs no more than a bare machine has: torch, numpy, pyarrow, pillow and safetensors."""
     missing = ["ray", "mlflow", "tyro", "vizdoom", "simplejpeg", "webdataset", "boto3", "matplotlib", "xxhash",
                "torchmetrics", "jaxtyping", "beartype", "pandas", "scipy", "onnxruntime"]  # fmt: skip
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import benchmarks.paper_cifar10"
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing})); import {module}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_needs_no_other_packages() -> None:
+    check_bare("benchmarks.paper_cifar10")

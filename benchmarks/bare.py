@@ -1,0 +1,97 @@
+"""Trainings on a bare machine, without Ray: data in memory, states in a folder, visits of some minutes."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.config import PipelineConfig
+from pipelines.presets import PRESETS
+from pipelines.search_space import with_fields
+from vqvae_core.checkpoint import History, StateFolder
+from vqvae_core.errors import InputError
+from vqvae_core.order import Order, OrderConfig
+from vqvae_core.train import StoppedError, Trainable, Worker, best_step, train
+from vqvae_core.train_config import TrainConfig
+from vqvae_core.weight_average import load_weights
+
+
+class InMemory:
+    """Batches out of tensors in memory, samples in front, in the order of `Order`: a tensor, or a tuple of several."""
+
+    def __init__(self, config: OrderConfig, first: Tensor, *more: Tensor) -> None:
+        self.data: tuple[Tensor, ...] = (first, *more)
+        self.order = Order([("all", len(first))], config)
+
+    def batches(self, start: int, stop: int) -> Iterator[Any]:
+        for step in range(start, stop):
+            rows = torch.from_numpy(self.order.batch(step, range(self.order.config.num_lanes)).rows)
+            chosen = [values[rows] for values in self.data]
+            yield tuple(chosen) if len(chosen) > 1 else chosen[0]
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a visit leaves. steps: done so far; weights_of_step: what the model has now, those that did best in
+    validation where the schedule is done, the newest where it is not; images_per_second: None where all was done
+    before."""
+
+    steps: int
+    weights_of_step: int
+    images_per_second: float | None
+    history: History
+
+    def curve(self, *names: str) -> list[list[float]]:
+        """[step, value] of each validation that has one of these figures."""
+        return [[point["step"], point[name]] for point in self.history for name in names if name in point]
+
+
+def visit(
+    make_task: Callable[[Worker], Trainable],
+    batches: InMemory,
+    schedule: TrainConfig,
+    states: StateFolder,
+    *,
+    device: str,
+    seconds: float,
+    compiled: bool = False,
+) -> Visit | None:
+    """Train for so many seconds from the newest state on, and give the model its weights; None where no step was ever
+    done."""
+    resume = states.newest()
+    deadline = time.monotonic() + seconds
+    worker = Worker(
+        device=device,
+        checkpoint_every=10**9,
+        compile=compiled and device == "cuda",
+        save=states.save,
+        flush=states.wait,
+        asked=lambda: "stop" if time.monotonic() > deadline else "",
+        warn=print,
+    )
+    task = make_task(worker)
+    start, begin = resume.step if resume is not None else 0, time.monotonic()
+    if seconds > 0 and start < schedule.steps:
+        with contextlib.suppress(StoppedError):
+            train(task, batches, schedule, worker, states.identity, resume)
+    took = time.monotonic() - begin
+    newest = states.newest()
+    if newest is None:
+        return None
+    best = best_step(newest.history, task) if newest.step == schedule.steps else None
+    chosen = newest if best is None else states.load(best)
+    load_weights(task.model, chosen.tensors)
+    rate = (newest.step - start) * schedule.batch_size / took if newest.step > start else None
+    return Visit(newest.step, chosen.step, None if rate is None else round(rate, 1), newest.history)
+
+
+def preset(name: str, fields: Sequence[str]) -> PipelineConfig:
+    """A preset with other values in some fields, from `FIELD=VALUE` each. Raises SystemExit that says what is wrong."""
+    try:
+        return with_fields(PRESETS[name][0], fields)
+    except InputError as error:
+        raise SystemExit(str(error)) from error
