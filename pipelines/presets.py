@@ -123,8 +123,9 @@ CIFAR10 = PipelineConfig(
     data=HuggingFaceSource(),
     shard=ShardConfig(image_size=32, resize="exact", holdout_images=5000),
     vqvae=VQVAEConfig(
+        commitment_cost=150.0,  # beside a sum over 3,072 sub-pixels
         likelihood=LikelihoodConfig(kind="categorical"),
-        quantizer=QuantizerConfig(num_codes=512, code_dim=16, num_groups=10, revive_every=200),
+        quantizer=QuantizerConfig(num_codes=512, code_dim=2, num_groups=10, learn_by="moving_average", revive_every=50),
     ),
     train=_PAPER_TRAIN,
     prior=PixelCNNConfig(channels=256, num_layers=15, use_labels=False, dropout=0.1),
@@ -140,7 +141,7 @@ CIFAR10_SMALL = PipelineConfig(
     vqvae=VQVAEConfig(
         hidden_channels=64,
         residual_channels=32,
-        commitment_cost=150.0,  # beside a sum over 3,072 sub-pixels, of a run 80 times shorter than the paper's
+        commitment_cost=150.0,  # as in cifar10
         likelihood=LikelihoodConfig(kind="logistic"),
         quantizer=QuantizerConfig(
             num_codes=512, code_dim=2, num_groups=10, learn_by="moving_average", decay=0.95, revive_every=50
