@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import Bar, report
+from cluster.local import LocalCluster
 from pipelines import ray_train
 from pipelines.config import Resources
 from tests.vqvae_core.shards import make_images
@@ -138,39 +139,10 @@ def drive(settings: dict[str, Any]) -> int:
     cli.run(run)
 
 
-class Cluster:
-    """A head without CPUs and one node for each rank, as processes of this machine."""
-
-    def __init__(self, ranks: int) -> None:
-        from ray.cluster_utils import Cluster as LocalCluster
-
-        self._cluster = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        self.address = self._cluster.address
-        self._nodes = [self._cluster.add_node(num_cpus=1) for _ in range(ranks)]
-
-    def kill_node(self, rng: random.Random) -> None:
-        """SIGKILL one node, and let another come in its place."""
-        self.remove(rng.randrange(len(self._nodes)))
-        self.add()
-
-    def remove(self, number: int) -> None:
-        """SIGKILL a node, and with it all its workers."""
-        self._cluster.remove_node(self._nodes.pop(number), allow_graceful=False)
-
-    def add(self) -> None:
-        self._nodes.append(self._cluster.add_node(num_cpus=1))
-
-    def node_ids(self) -> list[str]:
-        return [node.node_id for node in self._nodes]
-
-    def close(self) -> None:
-        self._cluster.shutdown()
-
-
 class Run:
     """One training and all that happens to it."""
 
-    def __init__(self, place: Path, images: str, name: str, steps: int, cluster: Cluster) -> None:
+    def __init__(self, place: Path, images: str, name: str, steps: int, cluster: LocalCluster) -> None:
         precision, ranks = RUNS[name]
         config = TrainConfig(
             steps=steps, batch_size=BATCH, num_lanes=LANES, shuffle_window=64, learning_rate=1e-3, log_every=10,
@@ -216,7 +188,7 @@ class Run:
         return json.loads((self.place / "root" / "made.json").read_text())
 
 
-def strike(run: Run, cluster: Cluster, kind: str, rng: random.Random) -> None:
+def strike(run: Run, cluster: LocalCluster, kind: str, rng: random.Random) -> None:
     """Kill one thing that lives. What ends the driver is followed by the same command."""
     if kind == "worker":
         begin = time.monotonic()
@@ -228,7 +200,7 @@ def strike(run: Run, cluster: Cluster, kind: str, rng: random.Random) -> None:
                 raise RuntimeError(f"no rank came back within {PATIENCE_SECONDS} s:\n{run.said()[-3000:]}")
             time.sleep(0.05)
     elif kind == "node":
-        cluster.kill_node(rng)
+        cluster.replace(rng.randrange(len(cluster)))
     elif kind == "driver":
         run.driver.send_signal(signal.SIGKILL)
         run.driver.wait()
@@ -244,7 +216,9 @@ def strike(run: Run, cluster: Cluster, kind: str, rng: random.Random) -> None:
         run.start()
 
 
-def killed(run: Run, cluster: Cluster, kills: int, steps: int, rng: random.Random) -> tuple[dict[str, Any], Counter]:
+def killed(
+    run: Run, cluster: LocalCluster, kills: int, steps: int, rng: random.Random
+) -> tuple[dict[str, Any], Counter]:
     """The training with so many kills, spread over its steps; every fourth one follows the last within seconds."""
     done: Counter[str] = Counter()
     moments = sorted(rng.uniform(0.02, 0.95) * steps for _ in range(kills))
@@ -298,7 +272,7 @@ def compare(name: str, kills: int, steps: int, seed: int) -> tuple[list[Bar], di
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         images = make_images(Folder.of(place / "images"), [PER_SHARD] * SHARDS, size=SIZE)
-        cluster = Cluster(ranks)
+        cluster = LocalCluster(ranks)
         try:
             whole = Run(place / "whole", images.artifact.folder.uri, name, steps, cluster).finish()
             begin = time.monotonic()

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from benchmarks.bare import InMemory, preset, visit
+from benchmarks.bare import VERSION, InMemory, preset, visit
 from benchmarks.peers import Bar, report
 from pipelines.config import PipelineConfig
 from vqvae_core.artifacts import hash_bytes, hash_json
@@ -97,7 +97,7 @@ def measured(
     if device == "cuda":
         mebibytes = max(mebibytes, torch.cuda.mem_get_info()[0] // 2**21)  # half of what is free
     told = {"name": name, "model": config.vqvae, "train": schedule, "samples": compare.train_samples}
-    identity = hash_json({**told, "pixels": hash_bytes(pixels.numpy().tobytes())})[:16]
+    identity = hash_json({**told, "version": VERSION, "pixels": hash_bytes(pixels.numpy().tobytes())})[:16]
     folder = StateFolder(Folder.of(states) / f"{name}-{identity}", identity, keep=1)
     torch.manual_seed(mix(schedule.seed, 0) & (2**63 - 1))
     model: Any = make_model(name, config.vqvae)

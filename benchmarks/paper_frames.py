@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bare import InMemory, Visit, preset, visit
+from benchmarks.bare import VERSION, InMemory, Visit, preset, visit
 from benchmarks.peers import Bar, report
 from pipelines.config import PipelineConfig
 from vqvae_core.artifacts import hash_json
@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     shards = ImageShards.open(Folder.of(options.shards))
     splits = {split: read_split(shards, split) for split in ("train", "validation")}
-    told = {"shards": shards.artifact.manifest.fingerprint, "model": config.vqvae, "train": config.train}
+    fingerprint = shards.artifact.manifest.fingerprint
+    told = {"version": VERSION, "shards": fingerprint, "model": config.vqvae, "train": config.train}
     identity = hash_json(told)[:16]
     torch.manual_seed(mix(config.train.seed, 0) & (2**63 - 1))
     model = VQVAE(config.vqvae)

@@ -123,6 +123,16 @@ class Session:
             )
         return each
 
+    def room(self, *, num_workers: int, cpus_per_worker: int | None, use_gpu: bool) -> int:
+        """How many trainings with so many workers there is room for at one time, at least 1. Without GPUs and a number
+        of CPUs a worker is given a node."""
+        nodes = self._nodes()
+        workers = 0
+        for cpus, gpus in nodes:
+            by_cpus = cpus // cpus_per_worker if cpus_per_worker else cpus if use_gpu else min(cpus, 1)
+            workers += min(by_cpus, gpus) if use_gpu else by_cpus
+        return max(1, workers // num_workers)
+
     def _nodes(self) -> list[tuple[int, int]]:
         """CPUs and GPUs of each node that lives."""
         nodes = [node["Resources"] for node in self.connect().nodes() if node["Alive"]]

@@ -178,6 +178,7 @@ class _Follower:
 
     def __init__(self, pipeline: Pipeline, board: Board, name: str, steps: int, run: StageRun) -> None:
         self._session, self._usage_alarm = pipeline.session, pipeline.resources.usage_alarm
+        self._asked = pipeline.stops
         self._board, self._run, self._name = board, run, name
         self._progress = Progress(name, steps, "steps")
         self._over, self._stops, self._wake, self._told, self._saved = False, False, threading.Event(), False, 0.0
@@ -207,7 +208,7 @@ class _Follower:
             if self._wake.wait(_SECONDS_BETWEEN_POLLS):
                 self._wake.clear()
             with contextlib.suppress(RayError):  # again in a moment
-                if self._stops and not self._told:
+                if (self._stops or self._asked.is_set()) and not self._told:
                     self._board.ask("stop")
                     self._told = True
                     print(f"{self._name}: asked to stop; a checkpoint is written first", flush=True)

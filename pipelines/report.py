@@ -210,9 +210,13 @@ def _curves(stages: Mapping[str, Artifact]) -> str:
         np.bincount(tokens.read(path).tokens.reshape(-1), minlength=tokens.shape.num_codes)
         for path in tokens.shards("validation")
     )
+    if any("mse" in point for point in vqvae):
+        loss = _plot("VQ-VAE: mean squared error of a batch, images in [-1, 1]", vqvae, ["mse"], log=True)
+    else:
+        loss = _plot("VQ-VAE: -log p(x | z) of a batch, nats an image", vqvae, ["nll_nats"])
     return "".join(
         [
-            _plot("VQ-VAE: mean squared error of a batch, images in [-1, 1]", vqvae, ["mse"], log=True),
+            loss,
             _plot("VQ-VAE: PSNR on validation images (dB)", vqvae, ["validation_psnr_db"]),
             _plot("Prior: bits/token", prior, ["bits_per_token", "validation_bits_per_token"]),
             _bars("Use of codes on the validation split, by rank", np.sort(counts)[::-1] / np.sum(counts)),

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from cluster.session import Session
 from pipelines.config import Resources
 from pipelines.tracking import StageRun, Tracker
 from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit, hash_json, reference
-from vqvae_core.errors import InputError
+from vqvae_core.errors import InputError, StoppedError
 from vqvae_core.storage import Folder, StorageError, concurrently
 
 _ENCODERS_PER_NODE = 8
@@ -137,6 +138,8 @@ class Pipeline:
     reports: list[StageReport] = field(default_factory=list)
     makes: bool = True
     """False: what is not there is not made, and `NotMadeError` says so."""
+    stops: threading.Event = field(default_factory=threading.Event)
+    """Once set, a training ends with `StoppedError`, after a checkpoint."""
 
     def make(
         self,
@@ -167,6 +170,9 @@ class Pipeline:
             folder.sweep()
             try:
                 made = build(Workspace(folder, work), run)
+            except (KeyboardInterrupt, StoppedError):
+                run.fail("KILLED")
+                raise
             except BaseException:
                 run.fail()
                 raise

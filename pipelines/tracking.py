@@ -42,6 +42,7 @@ _SHOWN = (
     "samples.png",
     "decodings.png",
     "walk.png",
+    "parallel.png",
     "table.md",
     "table.csv",
     "evaluation.png",
@@ -92,15 +93,18 @@ class Tracker:
         if self._journal is not None:
             self._journal.put({"do": what, "key": list(key), **more})
 
-    def stage(self, name: str, work: str, recipe: Any, inputs: Mapping[str, Artifact]) -> "StageRun":
-        """The child run of a stage: the one that an earlier run of the same work began, if there is one."""
+    def stage(
+        self, name: str, work: str, recipe: Any, inputs: Mapping[str, Artifact], below: "StageRun | None" = None
+    ) -> "StageRun":
+        """The child run of a stage, or of a part of one, which lies below the stage's run: the one that an earlier run
+        of the same work began, if there is one."""
         run = StageRun(self, work)
         self.tell(
             "open",
             run.key,
             name=name,
             tags={"stage.name": name},
-            parent=self._key,
+            parent=self._key if below is None else below.key,
             params=_params(recipe),
             datasets={label: _dataset(artifact) for label, artifact in inputs.items()},
         )
@@ -157,9 +161,13 @@ class StageRun:
             file, text = f"{name.removesuffix('.png')}-{step:06d}.png", base64.b64encode(data).decode()
             self._tracker.tell("file", self.key, name=file, below="validation", data=text)
 
-    def fail(self) -> None:
-        """End the run as failed: the same command goes on with it."""
-        self._tracker.tell("end", self.key, status="FAILED")
+    def fail(self, status: str = "FAILED") -> None:
+        """End the run as failed, or as KILLED: the same command goes on with it."""
+        self._tracker.tell("end", self.key, status=status)
+
+    def mark(self, alias: str) -> None:
+        """Give the model that the run registered an alias."""
+        self._tracker.tell("alias", self.key, alias=alias)
 
     def finish(self, artifact: Artifact) -> None:
         """Log the artifact's numbers and pictures, register it where it is a model, and end the run."""
@@ -187,6 +195,7 @@ class _Store:
             "file": self._file,
             "finish": self._finish,
             "catch_up": self._catch_up,
+            "alias": self._alias,
             "end": lambda entry: self._client.set_terminated(self._run(entry), status=entry["status"]),
         }
         from mlflow.exceptions import MlflowException
@@ -364,6 +373,14 @@ class _Store:
             tags = {"fingerprint": artifact.manifest.fingerprint, "content": content}
             version = client.create_model_version(name, source=source, run_id=run, tags=tags)
         client.set_registered_model_alias(name, "newest", version.version)
+
+    def _alias(self, entry: Entry) -> None:
+        """Raises `RefusedError` where the run has no registered model."""
+        run = self._run(entry)
+        found = self._client.search_model_versions(f"run_id = '{run}'")
+        if not found:
+            raise RefusedError(f"no model of the run {run} is registered")
+        self._client.set_registered_model_alias(found[0].name, entry["alias"], found[0].version)
 
 
 def _opened(uri: str) -> Artifact:

@@ -34,7 +34,7 @@ from vqvae_core.vqvae import KIND, STRIDE, VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining, comparison, evaluate, shrunken_psnr_db
 from vqvae_core.weight_average import load_weights
 
-VERSION = 3
+VERSION = 4
 RECONSTRUCTIONS = "reconstructions.png"
 _BITS_PER_RGB_PIXEL = 24
 

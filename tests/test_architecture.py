@@ -26,7 +26,8 @@ CONFINED = {
     "botocore": {"pipelines/preflight.py"},
     "tyro": {"pipelines/cli.py"},
     "vizdoom": {"pipelines/sources/vizdoom.py"},
-    "matplotlib": {"pipelines/report.py"},
+    "matplotlib": {"pipelines/report.py", "pipelines/sweep_table.py"},
+    "optuna": {"pipelines/optuna_search.py"},
     "simplejpeg": {"vqvae_core/decoding.py"},
     "tqdm": {"pipelines/progress.py"},
     "torchmetrics": {"pipelines/image_metrics.py"},
@@ -36,7 +37,11 @@ CONFINED = {
         "pipelines/ray_train.py",
         "pipelines/lean_train.py",
         "pipelines/board.py",
+        "pipelines/tune.py",
+        "pipelines/trial.py",
+        "pipelines/optuna_search.py",
         "cluster/session.py",
+        "cluster/local.py",
     },
 }
 NEVER = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}

@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that says what was expected, what was there and what to do. Command lines print it
     without a traceback and exit with 2.
     """
+
+
+class StoppedError(RuntimeError):
+    """Training was asked to stop, and did so after a checkpoint."""

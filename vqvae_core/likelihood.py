@@ -46,10 +46,14 @@ class LikelihoodConfig:
 
 
 class Likelihood(nn.Module, ABC):
-    """num_channels: what the decoder has to give for each pixel. has_bits: whether it is a probability."""
+    """num_channels: what the decoder has to give for each pixel. has_bits: whether it is a probability. needs_fp32:
+    of a decoder's last layer, since means and scales of a bin in bf16 would be bins apart. mean_is_cheap: beside the
+    rest of a training step."""
 
     num_channels: int
     has_bits = True
+    needs_fp32 = True
+    mean_is_cheap = True
 
     @abstractmethod
     def nll_nats(self, output: Float[Tensor, "b c h w"], images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
@@ -95,6 +99,7 @@ class Density(Likelihood):
 
     num_channels = 3
     has_bits = False
+    needs_fp32 = False
 
     def __init__(self, sigma: float) -> None:
         super().__init__()
@@ -174,6 +179,8 @@ class Categorical(Likelihood):
     """A softmax over the 256 values of each sub-pixel."""
 
     num_channels = 3 * _LEVELS
+    needs_fp32 = False  # roundings of 256 logits are small beside what they are apart, and the softmax is in fp32
+    mean_is_cheap = False
 
     def nll_nats(self, output: Float[Tensor, "b c h w"], images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:
         with no_autocast(output):

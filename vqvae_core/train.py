@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vqvae_core.checkpoint import History, TrainingState, collect_tensors, restore_tensors
+from vqvae_core.errors import StoppedError
 from vqvae_core.gradients import FlatGradients
 from vqvae_core.kept_memory import kept_memory
 from vqvae_core.order import mix
@@ -20,10 +21,6 @@ from vqvae_core.weight_average import WeightAverage
 
 class NonFiniteLossError(ArithmeticError):
     """Training stopped because a number was no longer finite. The last checkpoint is good."""
-
-
-class StoppedError(RuntimeError):
-    """Training was asked to stop, and did so after a checkpoint."""
 
 
 @dataclass(frozen=True)

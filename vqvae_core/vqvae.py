@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         hidden = config.hidden_channels
         stem = config.stem_channels or hidden
         likelihood = make_likelihood(config.likelihood, config.sigma)
-        self._has_bits = likelihood.has_bits
+        self._needs_fp32 = likelihood.needs_fp32
         self.expand = nn.Conv2d(latent_channels or config.quantizer.channels, hidden, 3, padding=1)
         self.blocks = nn.Sequential(*_blocks(config))
         self.conv_up = nn.ConvTranspose2d(hidden, stem, 4, stride=2, padding=1)
@@ -102,9 +102,9 @@ class Decoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         x = F.relu(self.conv_up(F.relu(self.blocks(self.expand(codes)))))
-        if not self._has_bits:
+        if not self._needs_fp32:
             return self.conv_out(x)
-        with no_autocast(x):  # means and scales of a bin in bf16 would be bins apart
+        with no_autocast(x):
             return self.conv_out(at_least_fp32(x))
 
 
@@ -114,10 +114,10 @@ def _blocks(config: VQVAEConfig) -> list[ResidualBlock]:
 
 @dataclass(frozen=True)
 class VQVAEOutput:
-    """mean: the expected images (B, 3, H, W); quantized: codes, tokens and their two losses; the loss and its parts in
-    nats an image."""
+    """mean: the expected images (B, 3, H, W), None where they are not cheap to have (`Likelihood.mean_is_cheap`);
+    quantized: codes, tokens and their two losses; the loss and its parts in nats an image."""
 
-    mean: Tensor
+    mean: Tensor | None
     quantized: Quantized
     nll_nats: Tensor
     loss_nats: Tensor
@@ -149,7 +149,8 @@ class VQVAE(nn.Module):
         loss = nll + self.config.commitment_cost * quantized.commitment
         if self.config.quantizer.learn_by == "loss":
             loss = loss + quantized.table_loss
-        return VQVAEOutput(self.likelihood.mean(decoded), quantized, nll, loss)
+        mean = self.likelihood.mean(decoded.detach()) if self.likelihood.mean_is_cheap else None
+        return VQVAEOutput(mean, quantized, nll, loss)
 
     @torch.no_grad()
     def nll_nats(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b"]:

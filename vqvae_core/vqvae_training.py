@@ -71,9 +71,9 @@ class VQVAETraining:
         if self._upkeep.revives(step):
             count = self.model.config.quantizer.num_codes
             statistics.append(_drawn(quantized.rows, piece, len(batch), count, mix(self._seed, 2, step)))
-        squared_error = (output.mean.detach().to(images.dtype) - images).square().mean()
+        error = {} if output.mean is None else {"mse": (output.mean.to(images.dtype) - images).square().mean()}
         metrics = {
-            "mse": squared_error,
+            **error,
             "commitment": quantized.commitment,
             "nll_nats": output.nll_nats,
             "loss_nats": output.loss_nats,

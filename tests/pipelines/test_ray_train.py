@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import Cluster
+from cluster.local import LocalCluster
 from tests.pipelines.test_cli import ROOT, assert_one_line
 from tests.pipelines.test_full import artifacts
 from tests.vqvae_core.shards import make_images
@@ -174,7 +174,7 @@ def test_a_node_that_is_about_to_be_taken_away(root: Path, monkeypatch: pytest.M
     from ray._raylet import GcsClient
     from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
-    cluster = Cluster(2)
+    cluster = LocalCluster(2)
     try:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         options = ["--resources.num-workers", "2", "--resources.cpus-per-worker", "1", "--train.steps", "100000",
@@ -393,7 +393,7 @@ def test_too_many_failures_end_with_the_last_error_and_keep_states(root: Path) -
 
 def test_nodes_that_go_and_come(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every node that trains is killed once; as many ranks train as there is room for, and more again later."""
-    cluster = Cluster(2)
+    cluster = LocalCluster(2)
     ours = os.getpid()  # whose children the nodes are
     try:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)

@@ -166,6 +166,25 @@ def test_only_a_density_has_no_bits() -> None:
     torch.testing.assert_close(gaussian_nll_nats(mean, images, 0.5), density.nll_nats(mean, images))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_bins_are_never_in_bf16(kind: str) -> None:
+    """Under autocast a decoder gives means and scales in fp32; the logits of a softmax may be in bf16, and cost the
+    same nats to a hundredth."""
+    config = VQVAEConfig(hidden_channels=8, residual_channels=4, num_residual_blocks=1, likelihood=KINDS[kind],
+                         quantizer=QuantizerConfig(num_codes=8, code_dim=4, init="uniform"))  # fmt: skip
+    torch.manual_seed(0)
+    model = VQVAE(config).eval()
+    images = pixels_to_images(torch.randint(0, 256, (4, 16, 16, 3)).to(torch.uint8))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        decoded = model.decoder(torch.randn(4, 4, 4, 4))
+        output = model(images)
+    assert decoded.dtype == (torch.bfloat16 if kind == "categorical" else torch.float32)
+    assert (output.mean is None) == (kind == "categorical")
+    assert output.nll_nats.dtype == torch.float32
+    with torch.no_grad():
+        assert float(output.nll_nats) == pytest.approx(float(model(images).nll_nats), rel=1e-2)
+
+
 def test_log_one_minus_exp() -> None:
     x = torch.tensor([1e-12, 1e-3, 0.5, 1.0, 30.0, 800.0], dtype=torch.float64, requires_grad=True)
     expected = [math.log(-math.expm1(-value)) if value < 30 else math.log1p(-math.exp(-value)) for value in x.tolist()]
