@@ -1,0 +1,119 @@
+"""The pipeline as a submitted job, on several nodes with an S3 root: what one machine makes."""
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import LocalCluster
+from tests.pipelines.test_cli import ROOT
+from vqvae_core.artifacts import Artifact
+from vqvae_core.storage import Folder
+
+pytestmark = pytest.mark.slow
+RAY = str(Path(sys.executable).with_name("ray"))
+STAGES = ("index", "shard", "train_vqvae", "tokenize", "train_prior", "sample", "evaluate")
+# Threads are part of what decides the last bits of a sum.
+OPTIONS = ("--preset", "smoke", "--no-track", "--resources.cpus-per-worker", "1")
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_bucket: str) -> Iterator[LocalCluster]:
+    """Three nodes with a CPU each, which answer to a token only."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_AUTH_MODE", "token")
+    patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    found = LocalCluster(3, jobs=True)
+    yield found
+    found.close()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What each stage makes on one machine with a local root."""
+    root = tmp_path_factory.mktemp("alone")
+    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), "--root", str(root), *OPTIONS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return contents(Folder.of(str(root)))
+
+
+def contents(root: Folder) -> dict[str, str]:
+    """Stage and fingerprint to the digest of its files."""
+    found = {}
+    for name in root.folders():
+        if (root / name).exists("manifest.json"):
+            found[name] = Artifact.open(root / name).manifest.content
+    return found
+
+
+def submit(cluster: LocalCluster, name: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        cluster.jobs_address,
+        "--submission-id",
+        name,
+        "--working-dir",
+        str(ROOT),
+    ]
+    return subprocess.Popen(
+        [*command, "--", sys.executable, "pipelines/full.py", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
+    )  # fmt: skip
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=600)
+    return output
+
+
+def test_a_job_makes_what_one_machine_makes(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
+    root = f"{s3_bucket}/job"
+    process = submit(cluster, "first", "--root", root, *OPTIONS)
+    output = said(process)
+    assert process.returncode == 0, output
+    assert f"report: {root}/report.html" in output
+    assert contents(Folder.of(root)) == alone
+    again = submit(cluster, "second", "--root", root, *OPTIONS)
+    output = said(again)
+    assert again.returncode == 0 and all(f"{stage}: reused" in output for stage in STAGES), output
+
+
+def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
+    """`ray job stop` ends with a checkpoint; the same job under another name goes on from it."""
+    root = Folder.of(f"{s3_bucket}/stopped")
+    more = ("--root", root.uri, *OPTIONS, "--resources.checkpoint-every", "4")
+    process = submit(cluster, "to-stop", *more)
+    deadline = time.monotonic() + 300
+    while not any(name.startswith("train_vqvae-") for name in root.folders()):
+        assert time.monotonic() < deadline and process.poll() is None, said(process)
+        time.sleep(0.2)
+    subprocess.run([RAY, "job", "stop", "--address", cluster.jobs_address, "to-stop"], check=True, capture_output=True)
+    process.wait(120)  # with 0: Ray counts a job that was stopped as one that did as it was told
+    assert len(contents(root)) < len(STAGES)
+    again = submit(cluster, "goes-on", *more)
+    output = said(again)
+    assert again.returncode == 0 and "shard: reused" in output, output
+    assert contents(root) == alone
+
+
+def test_a_bad_option_fails_with_its_reason(cluster: LocalCluster) -> None:
+    process = submit(cluster, "bad", "--preset", "doom48")
+    output = said(process)
+    assert process.returncode != 0 and "expected a preset out of" in output
+
+
+def test_nothing_answers_without_the_token(cluster: LocalCluster) -> None:
+    env = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    command = [RAY, "job", "list", "--address", cluster.jobs_address]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode != 0 and "doom" not in done.stdout
