@@ -164,7 +164,13 @@ FIFTY = replace(SCHEDULE, steps=50, log_every=50, validate_every=50, learning_ra
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-3)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [
+        pytest.param(torch.float64, 1e-10, id="fp64"),
+        pytest.param(torch.float32, 1e-3, id="fp32", marks=pytest.mark.slow),
+    ],
+)
 def test_many_ranks_equal_one(
     quantizer: str, dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
