@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.bare import VERSION, InMemory, Visit, preset, visit
 from benchmarks.peers import Bar, report
 from pipelines.config import PipelineConfig
-from vqvae_core.artifacts import hash_json
+from vqvae_core.artifacts import ArtifactError, hash_json
 from vqvae_core.checkpoint import StateFolder
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.images import encode, grid
@@ -40,11 +40,10 @@ from vqvae_core.token_shards import TokenShape
 from vqvae_core.train import autocast
 from vqvae_core.train_config import TrainConfig, best_precision
 from vqvae_core.vqvae import VQVAE
-from vqvae_core.vqvae_training import VQVAETraining, comparison, evaluate, shrunken_psnr_db
+from vqvae_core.vqvae_training import VQVAETraining, against_shrunken, comparison, evaluate
 
 _ABOVE_DB, _GAIN_BITS = 3.0, 2.0
 _SAMPLES, _COLUMNS, _BATCH = 64, 8, 64
-_BITS_PER_RGB_PIXEL = 24
 Split = tuple[Tensor, Tensor]  # uint8 (N, H, W, 3), and labels (N,), -1 where there is none
 
 
@@ -67,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train=replace(config.train, precision=precision),
         train_prior=replace(config.train_prior, precision=precision),
     )
-    shards = ImageShards.open(Folder.of(options.shards))
+    try:
+        shards = ImageShards.open(Folder.of(options.shards))
+    except ArtifactError as error:
+        raise SystemExit(str(error)) from error
     splits = {split: read_split(shards, split) for split in ("train", "validation")}
     fingerprint = shards.artifact.manifest.fingerprint
     told = {"version": VERSION, "shards": fingerprint, "model": config.vqvae, "train": config.train}
@@ -82,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     pixels = splits["validation"][0]
     (out / "reconstructions.png").write_bytes(comparison(model.eval(), pixels, precision, device))
-    rows = {"vqvae": _shown(first) | _judged(model, pixels, config.train, device)}
+    judged = evaluate(model, pixels, precision, device) | against_shrunken(config.vqvae, pixels)
+    rows = {"vqvae": _shown(first) | judged}
     print(f"vqvae: {rows['vqvae']}", flush=True)
     bars = []
     if first.steps == config.train.steps:
@@ -144,20 +147,6 @@ def _train_vqvae(
         ),
         batches, schedule, states, device=device, seconds=seconds, compiled=compiled,
     )  # fmt: skip
-
-
-def _judged(model: VQVAE, pixels: Tensor, schedule: TrainConfig, device: str) -> dict[str, Any]:
-    figures = evaluate(model, pixels, schedule.precision, device)
-    sites = pixels.shape[1] // 4
-    num_bits = sites * sites * model.config.quantizer.num_groups * np.log2(model.config.quantizer.num_codes)
-    same_bits_side = max(1, round((num_bits / _BITS_PER_RGB_PIXEL) ** 0.5))
-    return {
-        **figures,
-        "shrunken_side": sites,
-        "shrunken_psnr_db": shrunken_psnr_db(pixels, sites),
-        "same_bits_side": same_bits_side,
-        "same_bits_psnr_db": shrunken_psnr_db(pixels, same_bits_side),
-    }
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Optuna's TPE as Ray Tune's searcher: no values twice, none that the config refuses, and the same first trials again
 for a sweep that goes on. (Ray's own wrapper of Optuna repeats values, and then two trials would train one model.)"""
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ class OptunaSearch(Searcher):
         known: Sequence[dict[str, Value]],
     ) -> None:
         super().__init__()
-        self._space, self._refusal, self._seed = {one.field: distribution(one) for one in dimensions}, refusal, seed
+        self._dimensions, self._space = dimensions, {one.field: distribution(one) for one in dimensions}
+        self._refusal, self._seed, self._generator = refusal, seed, random.Random(seed)  # noqa: S311
         self._known, self._seen = list(known), []
         self._study: Any = None
         self._asked: dict[str, Any] = {}
@@ -41,7 +43,9 @@ class OptunaSearch(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        for _ in range(_DRAWS):
+        for number in range(2 * _DRAWS):
+            if number >= _DRAWS:  # the sampler only repeats itself: any others
+                self._study.enqueue_trial({one.field: one.draw(self._generator) for one in self._dimensions})
             asked = self._study.ask(self._space)
             values = dict(asked.params)
             if values in self._seen or self._refusal(values) is not None:

@@ -30,13 +30,12 @@ from vqvae_core.order import mix
 from vqvae_core.storage import Folder
 from vqvae_core.train import Trainable, Worker, train, validations
 from vqvae_core.train_config import TrainConfig, best_precision
-from vqvae_core.vqvae import KIND, STRIDE, VQVAE, VQVAEConfig
-from vqvae_core.vqvae_training import VQVAETraining, comparison, evaluate, shrunken_psnr_db
+from vqvae_core.vqvae import KIND, VQVAE, VQVAEConfig
+from vqvae_core.vqvae_training import VQVAETraining, against_shrunken, comparison, evaluate
 from vqvae_core.weight_average import load_weights
 
 VERSION = 4
 RECONSTRUCTIONS = "reconstructions.png"
-_BITS_PER_RGB_PIXEL = 24
 
 
 def train_vqvae(pipeline: Pipeline, config: PipelineConfig, images: ImageShards) -> Artifact:
@@ -176,12 +175,8 @@ def _finish(
     model.eval()
     pixels = centre_crop(read_pixels(images, "validation"), loader.size)
     figures = evaluate(model, pixels, schedule.precision, worker.device)
-    sites = loader.size // STRIDE
-    num_codes = model.config.quantizer.num_codes
-    num_bits = sites * sites * model.config.quantizer.num_groups * np.log2(num_codes)
-    same_bits_side = max(1, round((num_bits / _BITS_PER_RGB_PIXEL) ** 0.5))
     facts = {
-        "K": num_codes,
+        "K": model.config.quantizer.num_codes,
         "D": model.config.quantizer.code_dim,
         "G": model.config.quantizer.num_groups,
         "image_size": loader.size,
@@ -191,10 +186,7 @@ def _finish(
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation_images": len(pixels),
         **figures,
-        "shrunken_side": sites,
-        "shrunken_psnr_db": shrunken_psnr_db(pixels, sites),
-        "same_bits_side": same_bits_side,
-        "same_bits_psnr_db": shrunken_psnr_db(pixels, same_bits_side),
+        **against_shrunken(model.config, pixels),
     }
     files = {
         "model.safetensors": save_model(model),

@@ -192,7 +192,7 @@ class Notes(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self._of(trial)
-        if record.state == RUNNING:
+        if record.state == RUNNING and trial.last_result.get("done"):  # else the whole sweep is ended, by Ctrl-C
             record.state = STOPPED
             self._say(record, f" is stopped after {record.steps} steps")
             self._runs[record.number].fail("KILLED")
@@ -200,12 +200,17 @@ class Notes(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self._of(trial)
-        lines = (trial.error_file and _last_line(trial)) or "Ray Tune says no more"
-        record.state, record.reason = FAILED, lines
-        self._say(record, f" failed: {lines}")
+        record.state, record.reason = FAILED, _last_line(trial) or "Ray Tune says no more"
+        self._say(record, f" failed: {record.reason}")
         if record.number in self._runs:
             self._runs[record.number].fail()
         record.write(self._folder)
+
+    def end(self) -> None:
+        """Of a sweep that is ended by Ctrl-C: close the tracked runs of trials that go on with the next call."""
+        for number, run in self._runs.items():
+            if self.records[number].state == RUNNING:
+                run.fail("KILLED")
 
 
 def _last_line(trial: Any) -> str:

@@ -36,7 +36,7 @@ from pipelines.report import page, picture, stage_table
 from pipelines.search_space import Dimension, Value, parse_all, with_values
 from pipelines.shard import shard
 from pipelines.stage import Made, NotMadeError, Pipeline, Workspace
-from pipelines.sweep_record import Record, Shared
+from pipelines.sweep_record import FAILED, Record, Shared
 from pipelines.sweep_table import CSV, JSON, MARKDOWN, PICTURE, PRESET, Row, csv_of, markdown, parallel_coordinates
 from pipelines.tokenize_images import tokenize_images
 from pipelines.tracking import StageRun
@@ -267,7 +267,7 @@ def _build(
     print(f"tune: {sweep.trials} trials, {count} at a time, {each} CPUs a worker", flush=True)
     _tune(sweep, objective, config, shared, notes, count, records)
     found = [notes.records.get(number) for number in range(1, sweep.trials + 1)]
-    failed = [record for record in found if record is not None and record.state == "failed"]
+    failed = [record for record in found if record is not None and record.state == FAILED]
     if failed:
         raise InputError(
             f"expected {sweep.trials} trials, {len(failed)} failed, the first of them trial {failed[0].number}: "
@@ -275,6 +275,7 @@ def _build(
         )
     over = [record for record in found if record is not None and record.is_over]
     if len(over) < sweep.trials:
+        notes.end()
         raise KeyboardInterrupt  # which Ray Tune takes for itself
     default_row = _default_row(config, sweep, objective, default)
     rows = [default_row, *sorted((_row(record) for record in over), key=lambda row: _rank(row, objective))]

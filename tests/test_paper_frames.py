@@ -58,6 +58,11 @@ def test_without_a_state_or_time_it_says_so(shards: Path, tmp_path: Path, capsys
         run(capsys, shards, tmp_path / "one", "--seconds", "0")
 
 
+def test_a_folder_without_shards_says_so(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match=r"expected a finished artifact at .*, found no manifest.json"):
+        run(capsys, tmp_path / "nowhere", tmp_path / "one")
+
+
 def test_a_field_that_is_none_says_so() -> None:
     with pytest.raises(SystemExit, match="train.stepps"):
         bare.preset("smoke", ["train.stepps=3"])

@@ -22,6 +22,7 @@ from vqvae_core.vqvae import STRIDE, VQVAE, VQVAEConfig
 
 _PICTURES, _COLUMNS = 16, 8
 _BATCH, _SMALL_BATCH = 64, 4
+_BITS_PER_RGB_PIXEL = 24
 
 
 class VQVAETraining:
@@ -192,6 +193,20 @@ def counts_of(tokens: Tensor, config: QuantizerConfig) -> Tensor:
     """How often each code occurs, (G, K), in tokens (..., G), or (...) for one group."""
     groups = tokens.reshape(-1, config.num_groups).unbind(dim=1)
     return torch.stack([torch.bincount(group, minlength=config.num_codes) for group in groups])
+
+
+def against_shrunken(config: VQVAEConfig, pixels: Tensor) -> dict[str, int | float]:
+    """What a PSNR is seen beside, over uint8 (N, H, W, 3): that of pictures with a pixel a site, and of those with as
+    many bits as the codes have, at 24 a pixel."""
+    sites = pixels.shape[1] // STRIDE
+    num_bits = sites * sites * config.quantizer.num_groups * math.log2(config.quantizer.num_codes)
+    same_bits_side = max(1, round((num_bits / _BITS_PER_RGB_PIXEL) ** 0.5))
+    return {
+        "shrunken_side": sites,
+        "shrunken_psnr_db": shrunken_psnr_db(pixels, sites),
+        "same_bits_side": same_bits_side,
+        "same_bits_psnr_db": shrunken_psnr_db(pixels, same_bits_side),
+    }
 
 
 def shrunken_psnr_db(pixels: Tensor, side: int) -> float:

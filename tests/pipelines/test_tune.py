@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,6 +164,38 @@ def finished(process: subprocess.Popen) -> str:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output
     return output
+
+
+class Silent:
+    """A tracked run that is tracked nowhere."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def log(self, points: object) -> None: ...
+
+    def fail(self, status: str = "FAILED") -> None:
+        self.ended.append(status)
+
+
+@pytest.mark.parametrize("decided", [True, False], ids=["by the scheduler", "by Ctrl-C"])
+def test_only_a_scheduler_stops_a_trial(tmp_path: Path, decided: bool) -> None:
+    """A trial that Ctrl-C ends is not over: the same command goes on with it."""
+    from pipelines.sweep_record import RUNNING, STOPPED, read_records
+    from pipelines.trial import Notes
+
+    run = Silent()
+    notes = Notes(Folder(str(tmp_path)), 3, "psnr", lambda record: run)  # type: ignore[arg-type, return-value]
+    result = {"steps": 8, "objective": 20.0, "news": True}
+    config = {"trial": {"number": 2, "values": {"train.learning_rate": 1e-3}}}
+    trial = SimpleNamespace(config=config, last_result={**result, "done": decided})
+    notes.on_trial_start(0, [], trial)
+    notes.on_trial_result(0, [], trial, result)
+    notes.on_trial_complete(0, [], trial)
+    notes.end()
+    [record] = read_records(Folder(str(tmp_path))).values()
+    assert record.state == (STOPPED if decided else RUNNING) and record.is_over == decided
+    assert (record.number, record.points, run.ended) == (2, [(8, 20.0)], ["KILLED"])
 
 
 def sweep_in(root: Path) -> Artifact:
