@@ -22,16 +22,15 @@ STAGES = ("index", "shard", "train_vqvae", "tokenize", "train_prior", "sample", 
 OPTIONS = ("--preset", "smoke", "--no-track", "--resources.cpus-per-worker", "1")
 
 
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 @pytest.fixture(scope="module")
 def cluster(s3_bucket: str) -> Iterator[LocalCluster]:
     """Three nodes with a CPU each, which answer to a token only."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("RAY_AUTH_MODE", "token")
-    patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    found = LocalCluster(3, jobs=True)
+    found = LocalCluster(3, jobs=True, env=TOKEN)
     yield found
     found.close()
-    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,7 @@ def submit(cluster: LocalCluster, name: str, *arguments: str) -> subprocess.Pope
     ]
     return subprocess.Popen(
         [*command, "--", sys.executable, "pipelines/full.py", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/", env={**os.environ, **TOKEN},
     )  # fmt: skip
 
 
@@ -97,7 +96,8 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, al
     while not any(name.startswith("train_vqvae-") for name in root.folders()):
         assert time.monotonic() < deadline and process.poll() is None, said(process)
         time.sleep(0.2)
-    subprocess.run([RAY, "job", "stop", "--address", cluster.jobs_address, "to-stop"], check=True, capture_output=True)
+    stop = [RAY, "job", "stop", "--address", cluster.jobs_address, "to-stop"]
+    subprocess.run(stop, check=True, capture_output=True, env={**os.environ, **TOKEN})
     process.wait(120)  # with 0: Ray counts a job that was stopped as one that did as it was told
     assert len(contents(root)) < len(STAGES)
     again = submit(cluster, "goes-on", *more)
@@ -113,7 +113,7 @@ def test_a_bad_option_fails_with_its_reason(cluster: LocalCluster) -> None:
 
 
 def test_nothing_answers_without_the_token(cluster: LocalCluster) -> None:
-    env = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    env = {**os.environ, **TOKEN, "RAY_AUTH_TOKEN": "0" * 64}
     command = [RAY, "job", "list", "--address", cluster.jobs_address]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode != 0 and "doom" not in done.stdout
