@@ -31,7 +31,7 @@ class LocalCluster:
             cwd=Path(__file__).resolve().parents[1], env={**os.environ, **(env or {})},
         )  # fmt: skip
         self._cpus = cpus_per_node
-        self._nodes: list[str] = []
+        self._nodes: list[tuple[str, int]] = []
         try:
             self.address, self.jobs_address = self._ask("start", jobs=jobs)
             for number in range(nodes):
@@ -47,16 +47,21 @@ class LocalCluster:
 
     def remove(self, number: int) -> None:
         """SIGKILL a node, and with it all its workers."""
-        self._ask("remove", node=self._nodes.pop(number))
+        self._ask("remove", node=self._nodes.pop(number)[0])
 
     def add(self, labels: Mapping[str, str] | None = None) -> None:
-        self._nodes.append(self._ask("add", num_cpus=self._cpus, labels=dict(labels or {})))
+        node, process = self._ask("add", num_cpus=self._cpus, labels=dict(labels or {}))
+        self._nodes.append((node, process))
 
     def __len__(self) -> int:
         return len(self._nodes)
 
     def node_ids(self) -> list[str]:
-        return [*self._nodes]
+        return [node for node, _ in self._nodes]
+
+    def raylets(self) -> list[int]:
+        """The process of each node under which its workers are."""
+        return [process for _, process in self._nodes]
 
     def close(self) -> None:
         assert self._host.stdin is not None
@@ -91,7 +96,7 @@ def _host() -> None:
             elif name == "add":
                 node = cluster.add_node(**arguments)
                 nodes[node.node_id] = node
-                answer = node.node_id
+                answer = [node.node_id, node.all_processes["raylet"][0].process.pid]
             else:
                 cluster.remove_node(nodes.pop(arguments["node"]), allow_graceful=False)
                 answer = None

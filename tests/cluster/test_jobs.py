@@ -5,19 +5,25 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from cluster.local import LocalCluster
 from tests.pipelines.test_cli import ROOT
+from tests.pipelines.test_ray_train import named
 from vqvae_core.artifacts import Artifact
 from vqvae_core.storage import Folder
 
 pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).with_name("ray"))
-STAGES = ("index", "shard", "train_vqvae", "tokenize", "train_prior", "sample", "evaluate")
+# Each stage, and the beginning of the name that Ray's processes have in which its work is done.
+WORKERS = {
+    "index": "Map(", "shard": "Map(", "train_vqvae": "RayTrainWorker", "tokenize": "MapWorker",
+    "train_prior": "RayTrainWorker", "sample": "MapWorker", "evaluate": "MapWorker",
+}  # fmt: skip
+STAGES = tuple(WORKERS)
 # Threads are part of what decides the last bits of a sum.
 OPTIONS = ("--preset", "smoke", "--no-track", "--resources.cpus-per-worker", "1")
 
@@ -104,6 +110,40 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, al
     output = said(again)
     assert again.returncode == 0 and "shard: reused" in output, output
     assert contents(root) == alone
+
+
+def test_a_node_is_lost_in_each_stage(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
+    """The one that works dies, and another comes in its place: the same bytes, and each stage is made once."""
+    root = Folder.of(f"{s3_bucket}/killed")
+    process = submit(cluster, "loses-nodes", "--root", root.uri, *OPTIONS, "--resources.checkpoint-every", "4")
+    seen: set[int] = set()
+    for done, (stage, worker) in enumerate(WORKERS.items()):
+        number = until(lambda done=done, worker=worker: works(cluster, root, done, worker, seen), process)
+        cluster.remove(number)
+        assert len(contents(root)) == done, f"{stage} was over before its node was killed"
+        cluster.add()
+    output = said(process)
+    assert process.returncode == 0, output
+    assert all(f"{stage}: made in" in output for stage in STAGES), output
+    assert contents(root) == alone
+
+
+def works(cluster: LocalCluster, root: Folder, done: int, worker: str, seen: set[int]) -> int | None:
+    """The number of a node that works when so many stages are done: a process of that name runs on it which did not in
+    the stage before, whose processes become those that were seen."""
+    nodes = [[pid for name, pid in named(raylet) if name.startswith(worker)] for raylet in cluster.raylets()]
+    if len(contents(root)) < done:
+        seen.update(*nodes)
+        return None
+    return next((number for number, pids in enumerate(nodes) if set(pids) - seen), None)
+
+
+def until(condition: Callable[[], int | None], process: subprocess.Popen[str]) -> int:
+    deadline = time.monotonic() + 300
+    while (found := condition()) is None:
+        assert time.monotonic() < deadline and process.poll() is None, said(process)
+        time.sleep(0.02)
+    return found
 
 
 def test_a_bad_option_fails_with_its_reason(cluster: LocalCluster) -> None:
