@@ -15,6 +15,6 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 END
 export MLFLOW_AUTH_CONFIG_PATH="$settings"
 # Not as an argument, which every process on the machine could read.
-export MLFLOW_BACKEND_STORE_URI="postgresql://${DATABASE_USER:-mlflow}:${DATABASE_PASSWORD:?}@${DATABASE_HOST:?}/${DATABASE_NAME:-mlflow}"
-exec mlflow server --host 0.0.0.0 --port "${PORT:-5000}" --workers "${WORKERS:-2}" --app-name basic-auth \
+export MLFLOW_BACKEND_STORE_URI="postgresql+psycopg2://${DATABASE_USER:-mlflow}:${DATABASE_PASSWORD:?}@${DATABASE_HOST:?}/${DATABASE_NAME:-mlflow}"
+exec mlflow server --host "${HOST:-0.0.0.0}" --port "${PORT:-5000}" --workers "${WORKERS:-2}" --app-name basic-auth \
     --artifacts-destination "${ARTIFACTS:?}" --allowed-hosts "${ALLOWED_HOSTS:?}"

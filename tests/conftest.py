@@ -2,11 +2,14 @@
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+from tests.servers import MlflowServer, Postgres
 
 install_import_hook("vqvae_core", "beartype.beartype")
 
@@ -44,6 +47,21 @@ def s3_bucket() -> Iterator[str]:
     yield "s3://test-bucket"
     patch.undo()
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(s3_bucket: str) -> Iterator[MlflowServer]:
+    """MLflow on PostgreSQL, with artifacts in the bucket and a user that it asks for."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o755)  # PostgreSQL may run as another user
+        database = Postgres(place / "postgres")
+        try:
+            server = MlflowServer(place, database, f"{s3_bucket}/mlflow")
+            yield server
+            server.stop()
+        finally:
+            database.close()
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ CONFIG = VQVAEConfig(
 )  # fmt: skip
 
 
-FAST = {("vae", "fp32"), ("vqvae", "fp32"), ("vimco", "fp32")}
+FAST = {("vae", "fp32"), ("vqvae", "fp32")}
 
 
 def a_task(
