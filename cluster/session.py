@@ -9,6 +9,7 @@ from typing import Any
 
 _DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # Ray Data gives these names
 _SECONDS_TO_END = 10.0
+_MANY_NODES = 64  # more of a kind are not counted on
 
 
 def data_threads() -> list[threading.Thread]:
@@ -134,13 +135,72 @@ class Session:
         return max(1, workers // num_workers)
 
     def _nodes(self) -> list[tuple[int, int]]:
-        """CPUs and GPUs of each node that lives."""
-        nodes = [node["Resources"] for node in self.connect().nodes() if node["Alive"]]
-        return [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+        """CPUs and GPUs of each node that lives or, where an autoscaler starts nodes as there is work, of all that may
+        come."""
+        nodes = [node["Resources"] for node in self._alive()]
+        alive = [(int(node.get("CPU", 0)), int(node.get("GPU", 0))) for node in nodes]
+        return max(
+            alive,
+            self._autoscaled(),
+            key=lambda nodes: (sum(gpus for _, gpus in nodes), sum(cpus for cpus, _ in nodes)),
+        )
+
+    def _alive(self) -> list[Any]:
+        return [node for node in self.connect().nodes() if node["Alive"]]
+
+    def _autoscaled(self) -> list[tuple[int, int]]:
+        """CPUs and GPUs of each node that the autoscaler may start; none where there is no autoscaler."""
+        self.connect()
+        if self.alone:
+            return []
+        from ray._private.state import state
+
+        config = state.get_cluster_config()
+        groups = [] if config is None else config.node_group_configs
+        return [
+            (int(group.resources.get("CPU", 0)), int(group.resources.get("GPU", 0)))
+            for group in groups
+            for _ in range(_MANY_NODES if group.max_count < 0 else min(group.max_count, _MANY_NODES))
+        ]
+
+    @property
+    def grows(self) -> bool:
+        """Nodes are started as there is work, which may take minutes."""
+        return bool(self._autoscaled())
+
+    def num_nodes(self) -> int:
+        """Nodes of the cluster, its head among them; 1 where Ray is started here."""
+        if not os.environ.get("RAY_ADDRESS"):
+            return 1
+        return max(len(self._alive()), 1 + len(self._autoscaled()))
+
+    def pool(self, name: str) -> dict[str, Any]:
+        """The option of a task or actor that belongs on nodes with the label pool=name; none where there is no such
+        node, as on one machine, or none that lives."""
+        there = any(node.get("Labels", {}).get("pool") == name for node in self._alive())
+        return {"label_selector": {"pool": name}} if there else {}
+
+    def nodes_without(self, path: str) -> list[str]:
+        """Addresses of the nodes on which there is no such file."""
+        ray = self.connect()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        look: Any = ray.remote(num_cpus=0)(os.path.exists)
+        nodes = [(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
+        looks = [look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path)
+                 for node, _ in nodes]  # fmt: skip
+        return [address for (_, address), there in zip(nodes, ray.get(looks), strict=True) if not there]
+
+    def object_store_bytes(self) -> int:
+        """What is in the object stores of all nodes now."""
+        self.connect()
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        return int(get_memory_info_reply(get_state_from_address()).store_stats.object_store_bytes_used)
 
     def num_cpus(self) -> int:
         """CPUs of the whole cluster."""
-        return int(self.connect().cluster_resources().get("CPU", 1))
+        return max(1, sum(cpus for cpus, _ in self._nodes()))
 
     def cpus_of_largest_node(self) -> int:
         """No task or actor can have more."""

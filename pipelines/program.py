@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,8 +53,9 @@ def conduct(
     session = Session()
     pipeline = Pipeline(root, config.resources, session, tracker, resolved)
     status, written = "FAILED", None
-    tracker.start()
     try:
+        check_cluster(session, root, tracker)
+        tracker.start()
         make_page = stages(pipeline, config)
         if make_page is not None:
             root.write(report, make_page(time.monotonic() - begin))
@@ -71,6 +73,31 @@ def conduct(
             else:
                 tracker.close()
     return pipeline, _summary(pipeline, time.monotonic() - begin, written)
+
+
+def check_cluster(session: Session, root: Folder, tracker: Tracker) -> None:
+    """Check that what has to be one for all nodes of a cluster is: the root, and the store of runs. Raises
+    `InputError`."""
+    nodes = session.num_nodes()
+    if nodes == 1:
+        return
+    if tracker.is_file:
+        raise InputError(
+            f"expected a server for runs, since the cluster has {nodes} nodes, found the file {tracker.place}; set "
+            "MLFLOW_TRACKING_URI to a server (docs/cluster.md starts one), or give --no-track"
+        )
+    if root.is_local:
+        name = f".seen-{uuid.uuid4().hex[:12]}"
+        root.write(name, b"")
+        try:
+            blind = session.nodes_without(root.path(name))
+        finally:
+            root.delete(name)
+        if blind:
+            raise InputError(
+                f"expected a root that all nodes of the cluster see, found {root.uri}, which is not the same on "
+                f"{len(blind)} of {nodes} nodes ({', '.join(blind)}); give --root s3://..., or a folder that they share"
+            )
 
 
 def resolve(config: PipelineConfig, names: Sequence[str] = _SCHEDULES) -> PipelineConfig:
@@ -96,7 +123,7 @@ def _summary(pipeline: Pipeline, seconds: float, report: str | None) -> str:
     share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
     lines = [f"done in {seconds:.1f} s{share}"]
     tracker = pipeline.tracker
-    if tracker.uri.startswith("sqlite"):
+    if tracker.is_file:
         lines.append(f"runs:   mlflow ui --backend-store-uri {tracker.place}")
         if tracker.page:
             lines.append(f"        at http://127.0.0.1:5000{tracker.page}")

@@ -35,6 +35,7 @@ _CHOICES, _SECONDS_BETWEEN_CHOICES = 5, 2.0
 _START_SECONDS, _STARTS = "60", 4  # of each attempt to start a group, and attempts in a row
 # A group of a size that is no longer there is given up soon: Ray counts on a vanished node for up to a minute.
 _ELASTIC_START_SECONDS, _ELASTIC_STARTS = "20", 12
+_TIMES_STARTS_OF_NODES = 6  # as many attempts, where nodes have to be started first
 _SECONDS_TO_BE_ENDED = 30.0  # after which a rank whose group should be ended fails by itself
 
 
@@ -55,6 +56,8 @@ def fit(
     cpus = pipeline.cpus_per_worker()
     elastic = resources.min_workers is not None
     seconds, starts = (_ELASTIC_START_SECONDS, _ELASTIC_STARTS) if elastic else (_START_SECONDS, _STARTS)
+    if pipeline.session.grows:
+        starts *= _TIMES_STARTS_OF_NODES
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", seconds)
     if pipeline.session.alone:  # no node is taken away, and nobody collects Ray's own metrics
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")

@@ -23,6 +23,7 @@ from cluster.session import ResourceError, Session
 from pipelines import ray_train
 from pipelines.config import Resources, SampleConfig, recipe_of
 from pipelines.preflight import check_place
+from pipelines.program import check_cluster
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from pipelines.tokenize_images import encoded
@@ -272,8 +273,9 @@ def main(arguments: list[str]) -> None:
     whole = {**(prior.manifest.provenance.get("config") or {}), "sample": dataclasses.asdict(config)}
     tracker = Tracker(root, "sample", whole, hash_json([prior.manifest.fingerprint, whole]), enabled=options.track)
     pipeline, status = Pipeline(root, resources, session, tracker, whole), "FAILED"
-    tracker.start()
     try:
+        check_cluster(session, root, tracker)
+        tracker.start()
         made = sample(pipeline, config, prior, vqvae, completion)
         status = "FINISHED"
     except ResourceError as error:  # whose advice names options of the pipeline

@@ -260,7 +260,8 @@ def _fan_out(
     rows = [{"job": job} for job in jobs]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # max_retries has no other way in, yet
-        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_Run(task), max_retries=_WORKER_DEATHS)
+        data = ray.data.from_items(rows, override_num_blocks=len(rows))
+        data = data.map(_Run(task), max_retries=_WORKER_DEATHS, **session.pool("cpu"))
     # All tasks are handed to Ray at once, which starts one as soon as another ends. With its reservations Ray Data
     # starts a single one in the first second, and then lets each CPU wait for 0.15 s between two. Results are small.
     data.context.op_resource_reservation_enabled = False
@@ -440,7 +441,7 @@ def _encode_shards(
         if resources.use_gpu:
             # Each asks for half of the CPUs that it can use: a reader is short beside an encoder, and always finds its
             # own half, so that they cannot wait for each other.
-            data = data.map(_Read(read), num_cpus=0.5)
+            data = data.map(_Read(read), num_cpus=0.5, **session.pool("cpu"))
             data = data.map(encoder, num_cpus=0.5 * threads, num_gpus=1, compute=pool, **options)
         else:
             both = {"read": read, "encoder": encoder}

@@ -55,16 +55,19 @@ class Tracker:
     """The runs of one pipeline. Default store: an SQLite file under a local root; else MLFLOW_TRACKING_URI names it."""
 
     def __init__(self, root: Folder, name: str, config: Mapping[str, Any], fingerprint: str, *, enabled: bool = True):
-        self.uri: str = os.environ.get("MLFLOW_TRACKING_URI") or (
-            f"sqlite:///{root.path('mlflow.db')}" if root.is_local else ""
-        )
+        default = f"sqlite:///{root.path('mlflow.db')}" if root.is_local else ""
+        self.uri: str = (os.environ.get("MLFLOW_TRACKING_URI") or default) if enabled else ""
         self._root, self._name, self._config = root, name, config
         self._key = ["pipeline.fingerprint", fingerprint]
         self._store: _Store | None = None
         self._journal: Journal | None = None
-        self._on = enabled and bool(self.uri)
         if enabled and not self.uri:
             print("tracking: off, since an s3:// root has no SQLite store; set MLFLOW_TRACKING_URI to a server")
+
+    @property
+    def is_file(self) -> bool:
+        """Runs go to an SQLite file, which one process on one machine can write."""
+        return self.uri.startswith("sqlite")
 
     @property
     def place(self) -> str:
@@ -79,11 +82,10 @@ class Tracker:
 
     def start(self) -> None:
         """Open the parent run: the one that an earlier call of the same config in this root began, if there is one."""
-        if not self._on:
+        if not self.uri:
             return
-        is_local = self.uri.startswith("sqlite")
-        self._store = _Store(self.uri, f"file://{self._root.path('mlartifacts')}" if is_local else None)
-        self._store.connect(first_call=is_local)
+        self._store = _Store(self.uri, f"file://{self._root.path('mlartifacts')}" if self.is_file else None)
+        self._store.connect(first_call=self.is_file)
         self._journal = Journal(self._store.send, self._root, say=_say)
         tags = {"pipeline.root": self._root.uri}
         self.tell("open", self._key, name=self._name, tags=tags, params=_params(self._config))

@@ -28,12 +28,13 @@ class FaultyProxy:
     """Forwards to host:port. Of every `period` requests one gets a 503 and one a reset; of every `period` GETs that
     come through, one gets half its body.
 
-    slow: requests to write a path that contains this wait for `pause` seconds, so that there is time to kill who
-    writes. counts: how often each fault was dealt out.
+    down: while it is set, all requests get a 503. slow: requests to write a path that contains this wait for `pause`
+    seconds, so that there is time to kill who writes. counts: how often each fault was dealt out.
     """
 
     def __init__(self, host: str, port: int, period: int = 9, slow: str = "", pause: float = 0.0) -> None:
         self.counts = {"503": 0, "reset": 0, "cut": 0}
+        self.down = False
         numbers, gets, lock = itertools.count(1), itertools.count(1), threading.Lock()
         proxy = self
 
@@ -50,7 +51,7 @@ class FaultyProxy:
                     is_cut = self.command == "GET" and turn not in (2, 5) and next(gets) % period == 4
                 if slow and self.command == "PUT" and slow in self.path:
                     time.sleep(pause)
-                if turn == 2:
+                if turn == 2 or proxy.down:
                     return self.refuse()
                 if turn == 5:
                     return self.reset()

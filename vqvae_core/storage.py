@@ -7,8 +7,10 @@ dropped half-way still publishes what it got, so streams are never used for outp
 import contextlib
 import errno
 import functools
+import logging
 import os
 import random
+import re
 import shutil
 import time
 import uuid
@@ -23,9 +25,15 @@ from pyarrow import fs
 
 from vqvae_core.errors import InputError
 
+_log = logging.getLogger(__name__)
 A = TypeVar("A")
 T = TypeVar("T")
-_ATTEMPTS = 6  # of one request, over about 6 seconds, beside those that the S3 client makes itself
+_ATTEMPTS = 6  # of one request, over about 6 seconds, beside the 6 seconds of each that the S3 client takes itself
+_OUTAGE_SECONDS, _LONGEST_PAUSE = 180.0, 5.0  # how long a store may be away
+_OUTAGE = re.compile(
+    r"HTTP status 5\d\d|curlCode|"
+    r"\b(SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|NETWORK_CONNECTION)\b"
+)
 _REQUESTS = 32  # in flight, where many small ones are made
 _LARGE_BYTES = 1 << 20
 
@@ -37,18 +45,24 @@ class StorageError(InputError):
 def retry(action: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
     """Do something over the network, again after a growing pause where it fails. Raises the last error.
 
-    That a file or a bucket is not there, or may not be read, is an answer: it is raised at once.
+    That a file or a bucket is not there, or may not be read, is an answer: it is raised at once. A store that is away
+    or too busy is waited for, for three minutes, with a warning.
     """
-    for attempt in range(attempts):
+    begin, attempt = time.monotonic(), 0
+    while True:
         try:
             return action()
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:
-            if attempt == attempts - 1 or _is_answer(error):
+            attempt += 1
+            is_outage, gone = _OUTAGE.search(str(error)) is not None, time.monotonic() - begin
+            if _is_answer(error) or (attempt >= attempts and not (is_outage and gone < _OUTAGE_SECONDS)):
                 raise
-            time.sleep(0.2 * 2**attempt * random.uniform(0.5, 1.0))  # noqa: S311  no secret
-    raise AssertionError("unreachable")
+            if attempt == attempts:
+                _log.warning("the store does not answer, it is asked again for %d s: %s", _OUTAGE_SECONDS, error)
+            pause = min(_LONGEST_PAUSE, 0.2 * 2 ** (attempt - 1))
+            time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  no secret
 
 
 def _give_pages_back(file: int, num_bytes: int) -> None:

@@ -13,6 +13,7 @@ import pytest
 from cluster.local import LocalCluster
 from tests.pipelines.test_cli import ROOT
 from tests.pipelines.test_ray_train import named
+from tests.servers import MlflowServer
 from vqvae_core.artifacts import Artifact
 from vqvae_core.storage import Folder
 
@@ -25,16 +26,16 @@ WORKERS = {
 }  # fmt: skip
 STAGES = tuple(WORKERS)
 # Threads are part of what decides the last bits of a sum.
-OPTIONS = ("--preset", "smoke", "--no-track", "--resources.cpus-per-worker", "1")
+OPTIONS = ("--preset", "smoke", "--resources.cpus-per-worker", "1")
 
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 @pytest.fixture(scope="module")
-def cluster(s3_bucket: str) -> Iterator[LocalCluster]:
-    """Three nodes with a CPU each, which answer to a token only."""
-    found = LocalCluster(3, jobs=True, env=TOKEN)
+def cluster(s3_bucket: str, mlflow_server: MlflowServer) -> Iterator[LocalCluster]:
+    """Three nodes with a CPU each, which answer to a token only, with MLflow's server beside them."""
+    found = LocalCluster(3, jobs=True, env={**TOKEN, **mlflow_server.client})
     yield found
     found.close()
 
@@ -43,7 +44,7 @@ def cluster(s3_bucket: str) -> Iterator[LocalCluster]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each stage makes on one machine with a local root."""
     root = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), "--root", str(root), *OPTIONS]
+    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), "--root", str(root), *OPTIONS, "--no-track"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return contents(Folder.of(str(root)))
@@ -55,6 +56,21 @@ def contents(root: Folder) -> dict[str, str]:
     for name in root.folders():
         if (root / name).exists("manifest.json"):
             found[name] = Artifact.open(root / name).manifest.content
+    return found
+
+
+def runs(root: str) -> dict[str, tuple[str, list[str]]]:
+    """Name of each run that the server has of a root to its status and its files."""
+    from mlflow import MlflowClient
+
+    client, found = MlflowClient(), {}
+    experiment = client.get_experiment_by_name("vqvae-pipeline")
+    assert experiment is not None
+    (parent,) = client.search_runs([experiment.experiment_id], f"tags.`pipeline.root` = '{root}'")
+    children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    for run in (parent, *children):
+        files = [file.path for place in ("", "model") for file in client.list_artifacts(run.info.run_id, place)]
+        found[run.info.run_name] = (run.info.status, files)
     return found
 
 
@@ -81,13 +97,26 @@ def said(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def test_a_job_makes_what_one_machine_makes(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
+def test_a_job_makes_what_one_machine_makes(
+    cluster: LocalCluster,
+    s3_bucket: str,
+    alone: dict[str, str],
+    mlflow_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tracked on the server, with the token that the nodes have."""
     root = f"{s3_bucket}/job"
     process = submit(cluster, "first", "--root", root, *OPTIONS)
     output = said(process)
     assert process.returncode == 0, output
     assert f"report: {root}/report.html" in output
     assert contents(Folder.of(root)) == alone
+    for name, value in mlflow_server.client.items():
+        monkeypatch.setenv(name, value)
+    assert {name: status for name, (status, _) in runs(root).items()} == dict.fromkeys([*STAGES, "smoke"], "FINISHED")
+    assert {"model/model.safetensors", "samples.png", "report.html"} <= {
+        path for _, paths in runs(root).values() for path in paths
+    }
     again = submit(cluster, "second", "--root", root, *OPTIONS)
     output = said(again)
     assert again.returncode == 0 and all(f"{stage}: reused" in output for stage in STAGES), output
@@ -96,7 +125,7 @@ def test_a_job_makes_what_one_machine_makes(cluster: LocalCluster, s3_bucket: st
 def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
     """`ray job stop` ends with a checkpoint; the same job under another name goes on from it."""
     root = Folder.of(f"{s3_bucket}/stopped")
-    more = ("--root", root.uri, *OPTIONS, "--resources.checkpoint-every", "4")
+    more = ("--root", root.uri, *OPTIONS, "--no-track", "--resources.checkpoint-every", "4")
     process = submit(cluster, "to-stop", *more)
     deadline = time.monotonic() + 300
     while not any(name.startswith("train_vqvae-") for name in root.folders()):
@@ -115,7 +144,8 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, al
 def test_a_node_is_lost_in_each_stage(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
     """The one that works dies, and another comes in its place: the same bytes, and each stage is made once."""
     root = Folder.of(f"{s3_bucket}/killed")
-    process = submit(cluster, "loses-nodes", "--root", root.uri, *OPTIONS, "--resources.checkpoint-every", "4")
+    more = ("--root", root.uri, *OPTIONS, "--no-track", "--resources.checkpoint-every", "4")
+    process = submit(cluster, "loses-nodes", *more)
     seen: set[int] = set()
     for done, (stage, worker) in enumerate(WORKERS.items()):
         number = until(lambda done=done, worker=worker: works(cluster, root, done, worker, seen), process)

@@ -1,5 +1,11 @@
-import pytest
+import time
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import ray
+
+from cluster.local import LocalCluster
 from cluster.session import ResourceError, Session, data_threads
 from pipelines.stage import fan_out
 from vqvae_core.errors import InputError
@@ -47,6 +53,55 @@ def test_workers_that_fit_on_nodes(
     monkeypatch.setattr(Session, "_nodes", lambda self: NODES[nodes])
     workers, cpus, use_gpu = asked
     assert Session().check(num_workers=workers, cpus_per_worker=cpus, use_gpu=use_gpu) == each
+
+
+def groups(*found: tuple[int, int, int]) -> SimpleNamespace:
+    """What an autoscaler says of its kinds of nodes: CPUs, GPUs and how many of them at most, -1 for any number."""
+    return SimpleNamespace(node_group_configs=[
+        SimpleNamespace(resources={"CPU": cpus, "GPU": gpus}, max_count=count) for cpus, gpus, count in found
+    ])  # fmt: skip
+
+
+def test_nodes_that_an_autoscaler_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head without CPUs, and nothing else yet: what may come is what there is room for."""
+    head = {"Alive": True, "Resources": {}, "Labels": {}}
+    found: list[SimpleNamespace | None] = [groups((16, 0, 8), (8, 1, 4), (0, 0, 0))]
+    monkeypatch.setattr(Session, "connect", lambda self: SimpleNamespace(nodes=lambda: [head]))
+    monkeypatch.setattr("ray._private.state.state.get_cluster_config", lambda: found[0])
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    session = Session()
+    assert session.grows and session.num_nodes() == 13 and session.num_cpus() == 8 * 16 + 4 * 8
+    assert session.cpus_of_largest_node() == 16
+    assert session.check(num_workers=4, cpus_per_worker=None, use_gpu=True) == 8
+    with pytest.raises(ResourceError, match=r"expected 5 GPUs \(one a worker\), the cluster has 4"):
+        session.check(num_workers=5, cpus_per_worker=None, use_gpu=True)
+    found[0] = groups((4, 0, -1))
+    assert session.check(num_workers=64, cpus_per_worker=4, use_gpu=False) == 4
+    found[0] = None
+    assert not session.grows and session.num_nodes() == 1
+    with pytest.raises(ResourceError, match="expected 1 CPUs"):
+        session.check(num_workers=1, cpus_per_worker=1, use_gpu=False)
+
+
+@pytest.mark.slow
+def test_tasks_belong_on_their_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three nodes two are for work that needs no GPU; where none is named so, all are."""
+    labels = [{"pool": "cpu"}, {"pool": "gpu"}, {"pool": "cpu"}]
+    for named, expected in ((labels, {0, 2}), ([], {0, 1, 2})):
+        cluster, session = LocalCluster(3, labels=named), Session()
+        try:
+            monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+            nodes = [row["node"] for row in fan_out(session, where, [{}] * 24)]
+            assert set(nodes) == {cluster.node_ids()[number] for number in expected}
+        finally:
+            session.close()
+            cluster.close()
+
+
+def where(_: dict[str, Any]) -> dict[str, Any]:
+    """The node that this runs on."""
+    time.sleep(0.5)
+    return {"node": ray.get_runtime_context().get_node_id()}
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,29 @@ def test_a_request_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(tries) == 1, "that it is not there is an answer"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "survives"), [pytest.param(100, True, id="a minute and more"), pytest.param(1000, False, id="for good")]
+)
+def test_a_store_that_is_away(seconds: float, survives: bool, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    """Each request fails at once, and a clock that only pauses advance."""
+    now = [0.0]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(storage.time, "sleep", lambda pause: now.__setitem__(0, now[0] + pause))
+
+    def action() -> str:
+        if now[0] < seconds:
+            raise OSError("When getting information for key 'k': AWS Error UNKNOWN (HTTP status 503) during HeadObject")
+        return "done"
+
+    if survives:
+        assert storage.retry(action) == "done"
+    else:
+        with pytest.raises(OSError, match="503"):
+            storage.retry(action)
+        assert 180 <= now[0] < 190
+    assert [record.message[:42] for record in caplog.records] == ["the store does not answer, it is asked aga"]
+
+
 def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
     folder = Folder.of(tmp_path)
     folder.write("a/b", b"x")
