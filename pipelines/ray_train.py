@@ -22,7 +22,7 @@ from pipelines.tracking import StageRun
 from vqvae_core.checkpoint import CheckpointError, StateFolder, TornStateError, TrainingState
 from vqvae_core.errors import InputError
 from vqvae_core.kept_memory import ONE_ARENA
-from vqvae_core.storage import Folder
+from vqvae_core.storage import Folder, is_outage
 from vqvae_core.train import NonFiniteLossError, StoppedError, Worker
 
 # (settings, worker, state to go on from) -> JSON value of rank 0
@@ -37,6 +37,21 @@ _START_SECONDS, _STARTS = "60", 4  # of each attempt to start a group, and attem
 _ELASTIC_START_SECONDS, _ELASTIC_STARTS = "20", 12
 _TIMES_STARTS_OF_NODES = 6  # as many attempts, where nodes have to be started first
 _SECONDS_TO_BE_ENDED = 30.0  # after which a rank whose group should be ended fails by itself
+
+
+def _fitted(trainer: Any, place: Folder) -> Any:
+    """What the trainer returns. Ray Train first looks at its storage, by requests that give up after seconds: a store
+    that is away just then is waited for."""
+    from ray.exceptions import RayActorError
+
+    for _ in range(_STARTS):
+        try:
+            return trainer.fit()
+        except RayActorError as error:  # of Ray Train's controller
+            if not is_outage(error):
+                raise
+            place.folders()
+    return trainer.fit()
 
 
 class TrainingFailedError(RuntimeError):
@@ -118,7 +133,7 @@ def fit(
     with contextlib.closing(board):
         with _Follower(pipeline, board, name, settings["steps"], run) as follower, _signals(follower):
             try:
-                value = trainer.fit().return_value or {}
+                value = _fitted(trainer, place).return_value or {}
             except (WorkerGroupError, ControllerError) as error:
                 _raise_failure(board)
                 started = isinstance(error, WorkerGroupError)

@@ -56,8 +56,8 @@ def retry(action: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
             raise
         except (OSError, pa.ArrowException) as error:
             attempt += 1
-            is_outage, gone = _OUTAGE.search(str(error)) is not None, time.monotonic() - begin
-            if _is_answer(error) or (attempt >= attempts and not (is_outage and gone < _OUTAGE_SECONDS)):
+            waits = is_outage(error) and time.monotonic() - begin < _OUTAGE_SECONDS
+            if _is_answer(error) or (attempt >= attempts and not waits):
                 raise
             if attempt == attempts:
                 _log.warning("the store does not answer, it is asked again for %d s: %s", _OUTAGE_SECONDS, error)
@@ -71,6 +71,11 @@ def _give_pages_back(file: int, num_bytes: int) -> None:
     if num_bytes >= _LARGE_BYTES and hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def is_outage(error: BaseException) -> bool:
+    """The store was away or too busy: its error, or one that quotes it."""
+    return _OUTAGE.search(str(error)) is not None
 
 
 def _is_answer(error: BaseException) -> bool:
