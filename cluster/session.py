@@ -1,5 +1,6 @@
 """Connecting to Ray, or starting it here: as late as possible, and with its resources checked before any work."""
 
+import json
 import logging
 import os
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 
 _DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # Ray Data gives these names
 _SECONDS_TO_END = 10.0
-_MANY_NODES = 64  # more of a kind are not counted on
+AUTOSCALED = "AUTOSCALED_NODES"
 
 
 def data_threads() -> list[threading.Thread]:
@@ -149,19 +150,19 @@ class Session:
         return [node for node in self.connect().nodes() if node["Alive"]]
 
     def _autoscaled(self) -> list[tuple[int, int]]:
-        """CPUs and GPUs of each node that the autoscaler may start; none where there is no autoscaler."""
-        self.connect()
-        if self.alone:
+        """CPUs and GPUs of each node that an autoscaler may start. Ray does not know them before they live: who writes
+        the cluster's manifest says it, in the environment of its head."""
+        text = os.environ.get(AUTOSCALED, "")
+        if self.alone or not text:
             return []
-        from ray._private.state import state
-
-        config = state.get_cluster_config()
-        groups = [] if config is None else config.node_group_configs
-        return [
-            (int(group.resources.get("CPU", 0)), int(group.resources.get("GPU", 0)))
-            for group in groups
-            for _ in range(_MANY_NODES if group.max_count < 0 else min(group.max_count, _MANY_NODES))
-        ]
+        try:
+            groups = [(int(one["count"]), int(one["cpus"]), int(one.get("gpus", 0))) for one in json.loads(text)]
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ResourceError(
+                f'expected {AUTOSCALED} as [{{"count": 8, "cpus": 7, "gpus": 1}}], one for each kind of node that the '
+                f"autoscaler starts, found {text!r}"
+            ) from None
+        return [(cpus, gpus) for count, cpus, gpus in groups for _ in range(count)]
 
     @property
     def grows(self) -> bool:
@@ -172,7 +173,7 @@ class Session:
         """Nodes of the cluster, its head among them; 1 where Ray is started here."""
         if not os.environ.get("RAY_ADDRESS"):
             return 1
-        return max(len(self._alive()), 1 + len(self._autoscaled()))
+        return max(1 + len(self._autoscaled()), len(self._alive()))
 
     def pool(self, name: str) -> dict[str, Any]:
         """The option of a task or actor that belongs on nodes with the label pool=name; none where there is no such

@@ -3,6 +3,7 @@
 import base64
 import copy
 import functools
+import json
 import lzma
 import re
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from cluster.session import AUTOSCALED
 
 jsonschema = pytest.importorskip("jsonschema")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
@@ -131,7 +134,7 @@ def test_what_guards_the_ports_is_there() -> None:
     assert any(policy["spec"]["podSelector"] == {} and "ingress" not in policy["spec"] for policy in policies)
     commands = yaml.safe_load(AWS.read_text())
     for command in (*commands["head_start_ray_commands"][1:], *commands["worker_start_ray_commands"][1:]):
-        assert command.startswith("RAY_AUTH_MODE=token ray start")
+        assert re.match(r"RAY_AUTH_MODE=token (AUTOSCALED_NODES='[^']*' )?ray start ", command)
     assert "--dashboard-host=127.0.0.1" in commands["head_start_ray_commands"][1]
 
 
@@ -142,6 +145,24 @@ def test_the_job_has_the_cluster_of_the_cluster() -> None:
     limits = gpu["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == "1"
     assert all(group["template"]["spec"]["tolerations"] for group in cluster["spec"]["workerGroupSpecs"])
+
+
+def test_what_the_autoscaler_may_start_is_what_programs_are_told() -> None:
+    """Programs refuse at once what no node that may come has room for."""
+    spec = yaml.safe_load((KUBERNETES / "ray-cluster.yaml").read_text())["spec"]
+    env = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    (told,) = (json.loads(one["value"]) for one in env if one["name"] == AUTOSCALED)
+    for one, group in zip(told, spec["workerGroupSpecs"], strict=True):
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert one["count"] == group["maxReplicas"] and one["cpus"] == int(limits["cpu"])
+        assert one.get("gpus", 0) == int(limits.get("nvidia.com/gpu", 0))
+        assert group["labels"] == {"pool": group["groupName"]}
+    config = yaml.safe_load(AWS.read_text())
+    told = json.loads(re.search(f"{AUTOSCALED}='(.*?)'", config["head_start_ray_commands"][1]).group(1))  # type: ignore[union-attr]
+    nodes = [node for name, node in config["available_node_types"].items() if name != "head"]
+    for one, node in zip(told, nodes, strict=True):
+        assert one["count"] == node["max_workers"] and one["cpus"] == node["resources"]["CPU"]
+        assert one.get("gpus", 0) == node["resources"].get("GPU", 0)
 
 
 def test_ray_up_reads_its_file() -> None:

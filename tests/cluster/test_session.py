@@ -6,7 +6,7 @@ import pytest
 import ray
 
 from cluster.local import LocalCluster
-from cluster.session import ResourceError, Session, data_threads
+from cluster.session import AUTOSCALED, ResourceError, Session, data_threads
 from pipelines.stage import fan_out
 from vqvae_core.errors import InputError
 
@@ -55,32 +55,30 @@ def test_workers_that_fit_on_nodes(
     assert Session().check(num_workers=workers, cpus_per_worker=cpus, use_gpu=use_gpu) == each
 
 
-def groups(*found: tuple[int, int, int]) -> SimpleNamespace:
-    """What an autoscaler says of its kinds of nodes: CPUs, GPUs and how many of them at most, -1 for any number."""
-    return SimpleNamespace(node_group_configs=[
-        SimpleNamespace(resources={"CPU": cpus, "GPU": gpus}, max_count=count) for cpus, gpus, count in found
-    ])  # fmt: skip
-
-
 def test_nodes_that_an_autoscaler_may_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A head without CPUs, and nothing else yet: what may come is what there is room for."""
     head = {"Alive": True, "Resources": {}, "Labels": {}}
-    found: list[SimpleNamespace | None] = [groups((16, 0, 8), (8, 1, 4), (0, 0, 0))]
     monkeypatch.setattr(Session, "connect", lambda self: SimpleNamespace(nodes=lambda: [head]))
-    monkeypatch.setattr("ray._private.state.state.get_cluster_config", lambda: found[0])
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv(AUTOSCALED, '[{"count": 8, "cpus": 16}, {"count": 4, "cpus": 8, "gpus": 1}]')
     session = Session()
     assert session.grows and session.num_nodes() == 13 and session.num_cpus() == 8 * 16 + 4 * 8
     assert session.cpus_of_largest_node() == 16
     assert session.check(num_workers=4, cpus_per_worker=None, use_gpu=True) == 8
     with pytest.raises(ResourceError, match=r"expected 5 GPUs \(one a worker\), the cluster has 4"):
         session.check(num_workers=5, cpus_per_worker=None, use_gpu=True)
-    found[0] = groups((4, 0, -1))
-    assert session.check(num_workers=64, cpus_per_worker=4, use_gpu=False) == 4
-    found[0] = None
+    monkeypatch.delenv(AUTOSCALED)
     assert not session.grows and session.num_nodes() == 1
     with pytest.raises(ResourceError, match="expected 1 CPUs"):
         session.check(num_workers=1, cpus_per_worker=1, use_gpu=False)
+
+
+@pytest.mark.parametrize("text", ["8", "[8]", '[{"count": 8}]', '[{"count": "many", "cpus": 7}]', '{"count": 1}', "{"])
+def test_what_the_autoscaler_may_start_is_said_badly(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv(AUTOSCALED, text)
+    with pytest.raises(ResourceError, match=r"expected AUTOSCALED_NODES as \[.*found"):
+        Session().num_nodes()
 
 
 @pytest.mark.slow
