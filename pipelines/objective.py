@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines import ray_train, train_prior, train_vqvae
 from pipelines.config import PipelineConfig
+from pipelines.lineage import NO_LINEAGE, Lineage, SavedState
 from pipelines.stage import Pipeline
-from pipelines.train_prior import train_prior
-from pipelines.train_vqvae import train_vqvae
-from vqvae_core.artifacts import Artifact
+from pipelines.tracking import StageRun
+from vqvae_core.artifacts import Artifact, hash_json
 from vqvae_core.image_shards import ImageShards
+from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShards
 from vqvae_core.vqvae_training import uniform_bits_per_dim
 
@@ -60,11 +62,40 @@ OBJECTIVES = {
 }  # fmt: skip
 
 
-def train_for(objective: Objective, pipeline: Pipeline, config: PipelineConfig, data: Artifact) -> Artifact:
-    """The model of a config. data: image shards, or token shards for a prior."""
+def train_for(
+    objective: Objective, pipeline: Pipeline, config: PipelineConfig, data: Artifact, before: Lineage = NO_LINEAGE
+) -> Artifact:
+    """The model of a config. data: image shards, or token shards for a prior; before: what training goes on from."""
     if objective.schedule == "train":
-        return train_vqvae(pipeline, config, ImageShards(data))
-    return train_prior(pipeline, config, TokenShards(data))
+        return train_vqvae.train_vqvae(pipeline, config, ImageShards(data), before)
+    return train_prior.train_prior(pipeline, config, TokenShards(data), before)
+
+
+def train_part(
+    objective: Objective,
+    pipeline: Pipeline,
+    config: PipelineConfig,
+    data: Artifact,
+    before: Lineage,
+    until: int,
+    folder: Folder,
+    run: StageRun,
+) -> tuple[list[dict[str, float]], SavedState]:
+    """A training up to a step that is not its last: its curves and where its state lies, below the folder."""
+    if objective.schedule == "train":
+        name, version, loop = "train_vqvae", train_vqvae.VERSION, train_vqvae.loop
+        recipe, settings = train_vqvae.plan(pipeline, config, ImageShards(data))
+    else:
+        name, version, loop = "train_prior", train_prior.VERSION, train_prior.loop
+        recipe, settings = train_prior.plan(pipeline, config, TokenShards(data))
+    what = [name, version, before.added_to(recipe), data.manifest.fingerprint, until]
+    work = hash_json(what)[:16]
+    place = folder / work
+    value = ray_train.fit(
+        pipeline, loop, {**settings, "out": place.uri, "identity": work}, name=name, work=work, folder=place, run=run,
+        begin=before.state, until=until,
+    )  # fmt: skip
+    return value["history"], SavedState((place / f"training-{work}").uri, work, until)
 
 
 def history_of(model: Artifact) -> list[dict[str, float]]:

@@ -5,6 +5,7 @@ can tear it, and knows nothing of hashes. Ray Train starts workers, again where 
 """
 
 import contextlib
+import dataclasses
 import os
 import queue
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 
 from pipelines.board import Board
 from pipelines.config import Resources
+from pipelines.lineage import SavedState
 from pipelines.progress import Progress
 from pipelines.stage import Pipeline
 from pipelines.tracking import StageRun
@@ -59,12 +61,22 @@ class TrainingFailedError(RuntimeError):
 
 
 def fit(
-    pipeline: Pipeline, loop: Loop, settings: dict[str, Any], *, name: str, work: str, folder: Folder, run: StageRun
+    pipeline: Pipeline,
+    loop: Loop,
+    settings: dict[str, Any],
+    *,
+    name: str,
+    work: str,
+    folder: Folder,
+    run: StageRun,
+    begin: SavedState | None = None,
+    until: int | None = None,
 ) -> dict[str, Any]:
     """Run the loop on Ray Train's workers and return what rank 0 returned.
 
     The states' folder carries the work's key, so that a changed config never goes on with old weights.
-    settings["steps"]: the total, for the progress bar; settings["train"]["num_lanes"]: what workers share.
+    settings["steps"]: the total, for the progress bar; settings["train"]["num_lanes"]: what workers share. begin: the
+    state of another training that this one goes on from; until: the step that it ends at, where that is not the last.
     Raises what the loop raised, or `TrainingFailedError`.
     """
     resources = pipeline.resources
@@ -112,6 +124,8 @@ def fit(
             "checkpoint_every": resources.checkpoint_every,
             "micro_batch": resources.micro_batch,
             "compile": resources.compile,
+            "begin": begin and dataclasses.asdict(begin),
+            "until": until,
             "driver_ends": threading.current_thread() is threading.main_thread(),
         },
         scaling_config=ScalingConfig(
@@ -313,6 +327,7 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
             checkpoint_every=config["checkpoint_every"],
             micro_batch=config["micro_batch"],
             compile=config["compile"] and device.type == "cuda",
+            until=config["until"],
             all_reduce=all_reduce,
             log=lambda step, metrics: link.post("metrics", step, metrics),
             show=lambda step, pictures: link.post("pictures", step, pictures),
@@ -324,6 +339,8 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         )
         try:
             state = _agreed_state(states, rank, device, all_reduce)
+            if state is None and config["begin"] is not None:
+                state = SavedState(**config["begin"]).load()
             value = config["loop"](config["settings"], worker, state)
         except (InputError, NonFiniteLossError, StoppedError) as error:
             kind = next(name for name, final in _FINAL.items() if isinstance(error, final))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.config import PipelineConfig, config_from_manifest
+from pipelines.lineage import Lineage, SavedState
 from pipelines.program import resolve
 from pipelines.search_space import Value, with_values
 from vqvae_core.storage import Folder
@@ -17,13 +18,15 @@ RUNNING, DONE, STOPPED, DIVERGED, FAILED = "running", "done", "stopped", "diverg
 @dataclass(kw_only=True)
 class Record:
     """What is known of a trial, kept in the sweep's folder, so that the same command goes on from it. points: (step,
-    objective) of its validations; model: the folder of its artifact; reason: of a failure."""
+    objective) of its validations; model: the folder of its artifact; reached: of a part of a training, the state at
+    its end; reason: of a failure."""
 
     number: int
     values: dict[str, Value]
     points: list[tuple[int, float]] = field(default_factory=list)
     state: str = RUNNING
     model: str | None = None
+    reached: SavedState | None = None
     steps: int = 0
     objective: float | None = None
     reason: str | None = None
@@ -43,6 +46,8 @@ def read_records(folder: Folder) -> dict[int, Record]:
         if name.endswith(".json"):
             record = Record(**json.loads(folder.read(f"{_RECORDS}/{name}")))
             record.points = [(step, value) for step, value in record.points]
+            if record.reached is not None:
+                record.reached = SavedState(**record.reached)  # type: ignore[arg-type]
             found[record.number] = record
     return found
 
@@ -50,13 +55,18 @@ def read_records(folder: Folder) -> dict[int, Record]:
 @dataclass(frozen=True)
 class Shared:
     """What all trials of a sweep have in common. config: the sweep's, as in a manifest, with the resources of one
-    trial; data: the folder that they train on; records: that of what is known of them."""
+    trial; data: the folder that they train on; records: that of what is known of them. until: the step that each
+    trains to, where that is not the last; parts: the folder of such trainings; before: what each trial's training goes
+    on from, by number."""
 
     root: str
     config: dict[str, Any]
     objective: str
     data: str
     records: str
+    until: int | None = None
+    parts: str = ""
+    before: Mapping[int, Lineage] = field(default_factory=dict)
 
     def config_of(self, values: Mapping[str, Value]) -> PipelineConfig:
         """A trial's config. Raises `InputError` where it is none."""

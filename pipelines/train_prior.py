@@ -10,6 +10,7 @@ import torch
 
 from pipelines import ray_train
 from pipelines.config import PipelineConfig, recipe_of
+from pipelines.lineage import NO_LINEAGE, Lineage
 from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
 from pipelines.train_vqvae import load_best, write_files
@@ -29,9 +30,24 @@ from vqvae_core.train_config import TrainConfig
 VERSION = 3
 
 
-def train_prior(pipeline: Pipeline, config: PipelineConfig, tokens: TokenShards) -> Artifact:
-    """The prior of token shards, conditional where they have labels and the config uses them. Facts: its bits on the
-    validation split."""
+def train_prior(
+    pipeline: Pipeline, config: PipelineConfig, tokens: TokenShards, before: Lineage = NO_LINEAGE
+) -> Artifact:
+    """The prior of token shards, conditional where they have labels and the config uses them. before: what its training
+    goes on from. Facts: its bits on the validation split."""
+    recipe, settings = plan(pipeline, config, tokens)
+    return pipeline.make(
+        "train_prior",
+        version=VERSION,
+        kind=KIND,
+        recipe=before.added_to(recipe),
+        inputs={"tokens": tokens.artifact},
+        build=lambda space, run: _build(pipeline, settings, before, space, run),
+    )
+
+
+def plan(pipeline: Pipeline, config: PipelineConfig, tokens: TokenShards) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A training's recipe, and the settings of its loop."""
     schedule = config.train_prior
     recipe = {"model": recipe_of(config.prior), "train": recipe_of(schedule)}
     settings = {
@@ -40,24 +56,19 @@ def train_prior(pipeline: Pipeline, config: PipelineConfig, tokens: TokenShards)
         "train": dataclasses.asdict(schedule),
         "steps": schedule.steps,
     }
-    return pipeline.make(
-        "train_prior",
-        version=VERSION,
-        kind=KIND,
-        recipe=recipe,
-        inputs={"tokens": tokens.artifact},
-        build=lambda space, run: _build(pipeline, settings, space, run),
-    )
+    return recipe, settings
 
 
-def _build(pipeline: Pipeline, settings: dict[str, Any], space: Workspace, run: StageRun) -> Made:
+def _build(pipeline: Pipeline, settings: dict[str, Any], before: Lineage, space: Workspace, run: StageRun) -> Made:
     settings = {**settings, "out": space.folder.uri, "identity": space.work}
-    value = ray_train.fit(pipeline, _loop, settings, name="train_prior", work=space.work, folder=space.folder, run=run)
+    value = ray_train.fit(
+        pipeline, loop, settings, name="train_prior", work=space.work, folder=space.folder, run=run, begin=before.state
+    )
     facts = {**value["facts"], "device": ray_train.describe(pipeline.resources)}
     return Made([FileEntry(**entry) for entry in value["files"]], facts, value["work_seconds"])
 
 
-def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
+def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
     """Runs on each rank, with or without Ray."""
     shards = TokenShards.open(Folder(settings["tokens"]))
     schedule = TrainConfig(**settings["train"])
@@ -76,6 +87,8 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
     history = train(task, loader, schedule, worker, settings["identity"], resume)
     if worker.rank != 0:
         return {}
+    if worker.until is not None:
+        return {"history": history}
     best = load_best(task, history, worker)
     facts = {**_figures(model.eval(), shards, schedule, worker), "best_step": best}
     prior = Prior(model, label_map, shards.artifact.facts["model"])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines import ray_train
 from pipelines.config import PipelineConfig, recipe_of
+from pipelines.lineage import NO_LINEAGE, Lineage
 from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.tracking import StageRun
 from vqvae_core.artifacts import Artifact, FileEntry
@@ -38,11 +39,27 @@ VERSION = 4
 RECONSTRUCTIONS = "reconstructions.png"
 
 
-def train_vqvae(pipeline: Pipeline, config: PipelineConfig, images: ImageShards) -> Artifact:
-    """The VQ-VAE of image shards; the config is resolved: its precision is not auto.
+def train_vqvae(
+    pipeline: Pipeline, config: PipelineConfig, images: ImageShards, before: Lineage = NO_LINEAGE
+) -> Artifact:
+    """The VQ-VAE of image shards; the config is resolved: its precision is not auto. before: what its training goes on
+    from.
 
     Facts: K, D, G, image_size, precision, and its figures on the validation split.
     """
+    recipe, settings = plan(pipeline, config, images)
+    return pipeline.make(
+        "train_vqvae",
+        version=VERSION,
+        kind=KIND,
+        recipe=before.added_to(recipe),
+        inputs={"images": images.artifact},
+        build=lambda space, run: _build(pipeline, settings, before, space, run),
+    )
+
+
+def plan(pipeline: Pipeline, config: PipelineConfig, images: ImageShards) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A training's recipe, and the settings of its loop."""
     config.augment.size(images.size)
     schedule = config.train
     recipe = {
@@ -58,14 +75,7 @@ def train_vqvae(pipeline: Pipeline, config: PipelineConfig, images: ImageShards)
         "loader_workers": pipeline.resources.loader_workers,
         "steps": schedule.steps,
     }
-    return pipeline.make(
-        "train_vqvae",
-        version=VERSION,
-        kind=KIND,
-        recipe=recipe,
-        inputs={"images": images.artifact},
-        build=lambda space, run: _build(pipeline, settings, space, run),
-    )
+    return recipe, settings
 
 
 def resolve_precision(config: TrainConfig, *, use_gpu: bool) -> TrainConfig:
@@ -75,14 +85,16 @@ def resolve_precision(config: TrainConfig, *, use_gpu: bool) -> TrainConfig:
     return dataclasses.replace(config, precision=best_precision("cuda" if use_gpu else "cpu"))
 
 
-def _build(pipeline: Pipeline, settings: dict[str, Any], space: Workspace, run: StageRun) -> Made:
+def _build(pipeline: Pipeline, settings: dict[str, Any], before: Lineage, space: Workspace, run: StageRun) -> Made:
     settings = {**settings, "out": space.folder.uri, "identity": space.work}
-    value = ray_train.fit(pipeline, _loop, settings, name="train_vqvae", work=space.work, folder=space.folder, run=run)
+    value = ray_train.fit(
+        pipeline, loop, settings, name="train_vqvae", work=space.work, folder=space.folder, run=run, begin=before.state
+    )
     facts = {**value["facts"], "device": ray_train.describe(pipeline.resources)}
     return Made([FileEntry(**entry) for entry in value["files"]], facts, value["work_seconds"])
 
 
-def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
+def loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None) -> dict[str, Any]:
     """Runs on each rank, with or without Ray. Rank 0 writes the model's files and returns them with their facts."""
     images, schedule, loader, worker = begin(settings, worker)
     model = VQVAE(config_from_json(VQVAEConfig, settings["model"]))
@@ -98,6 +110,8 @@ def _loop(settings: dict[str, Any], worker: Worker, resume: TrainingState | None
     history = train(task, loader, schedule, worker, settings["identity"], resume)
     if worker.rank != 0:
         return {}
+    if worker.until is not None:
+        return {"history": history}
     best = load_best(task, history, worker)
     return _finish(settings, model, images, loader, schedule, history, worker, best)
 

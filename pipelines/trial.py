@@ -4,13 +4,15 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ray import tune
 
 from cluster.session import Session
 from pipelines.config import config_to_manifest
-from pipelines.objective import OBJECTIVES, history_of, train_for
+from pipelines.lineage import NO_LINEAGE, SavedState
+from pipelines.objective import OBJECTIVES, history_of, train_for, train_part
 from pipelines.stage import Pipeline
 from pipelines.sweep_record import DIVERGED, DONE, FAILED, RUNNING, STOPPED, Record, Shared, read_records, short
 from pipelines.tracking import StageRun, Tracker
@@ -66,6 +68,10 @@ class Trial(tune.Trainable):
             steps = int(history[-1]["step"])
             value = self._objective.at(best, history, self._config)
             return {"steps": steps, "objective": value, "model": found.folder.uri, "news": True, "done": True}
+        if kind == "part":
+            history, reached = found
+            value = self._objective.at(reached.step, history, self._config)
+            return {"steps": reached.step, "objective": value, "reached": asdict(reached), "news": True, "done": True}
         if kind == "diverged":
             worst = {"steps": self._last["steps"], "objective": self._objective.worst}
             return {**worst, "diverged": str(found), "news": True, "done": True}
@@ -96,7 +102,17 @@ class Trial(tune.Trainable):
             tracker = _Listening(self._listen, root, "trial", {}, "", enabled=False)  # the driver tracks
             pipeline = Pipeline(root, self._config.resources, Session(), tracker, manifest, stops=self._stops)
             data = Artifact.open(Folder(self._shared.data))
-            kind, found = "model", train_for(self._objective, pipeline, self._config, data)
+            before = self._shared.before.get(self._number, NO_LINEAGE)
+            if self._shared.until is None:
+                kind, found = "model", train_for(self._objective, pipeline, self._config, data, before)
+            else:
+                self._budget = self._shared.until
+                run = tracker.stage("part", "", {}, {})
+                found = train_part(
+                    self._objective, pipeline, self._config, data, before, self._shared.until,
+                    Folder(self._shared.parts), run,
+                )  # fmt: skip
+                kind = "part"
         except NonFiniteLossError as error:
             kind, found = "diverged", error
         except StoppedError as error:
@@ -185,6 +201,9 @@ class Notes(tune.Callback):
             if "model" in result:
                 record.state, record.model = DONE, result["model"]
                 run.finish(Artifact.open(Folder(result["model"])))
+            elif "reached" in result:
+                record.state, record.reached = DONE, SavedState(**result["reached"])
+                run.log([(record.steps, {self._metric: value})])
             elif record.steps > max((step for step, _ in record.points), default=0):
                 record.points.append((record.steps, value))
                 run.log([(record.steps, {self._metric: value})])

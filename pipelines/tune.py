@@ -6,7 +6,8 @@
 --search     fields, each FIELD=log:LOW..HIGH, FIELD=uniform:LOW..HIGH or FIELD=choice:A,B, in one argument
 --objective  psnr, bits_per_dim or prior_bits (psnr)
 --trials     how many (12)
---scheduler  asha: trials that do badly stop early; none (asha)
+--scheduler  asha: trials that do badly stop early; pbt: they go on from a better one; none (asha)
+--generations  of pbt: how often trials are compared, the end included (4)
 --searcher   random, or optuna, where it is installed (random)
 --seed       of the values that are drawn (0)
 --concurrent  trials at one time (as many as there is room for)
@@ -23,7 +24,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +32,13 @@ from cluster.session import ResourceError
 from pipelines import cli
 from pipelines.config import PipelineConfig, config_to_manifest
 from pipelines.objective import OBJECTIVES, Objective, history_of, train_for
+from pipelines.population import MAY_CHANGE, Member, Reached, ends, next_generation
 from pipelines.program import conduct, resolve
 from pipelines.report import page, picture, stage_table
 from pipelines.search_space import Dimension, Value, parse_all, with_values
 from pipelines.shard import shard
 from pipelines.stage import Made, NotMadeError, Pipeline, Workspace
-from pipelines.sweep_record import FAILED, Record, Shared
+from pipelines.sweep_record import FAILED, Record, Shared, short
 from pipelines.sweep_table import CSV, JSON, MARKDOWN, PICTURE, PRESET, Row, csv_of, markdown, parallel_coordinates
 from pipelines.tokenize_images import tokenize_images
 from pipelines.tracking import StageRun
@@ -49,8 +51,10 @@ from vqvae_core.storage import Folder
 VERSION = 1
 KIND = "Sweep"
 REPORT = "sweep.html"
-_OPTIONS = ("--search", "--objective", "--trials", "--scheduler", "--searcher", "--seed", "--concurrent")
-_CHOICES = {"--scheduler": ("asha", "none"), "--searcher": ("random", "optuna")}
+_OPTIONS = (
+    "--search", "--objective", "--trials", "--scheduler", "--generations", "--searcher", "--seed", "--concurrent",
+)  # fmt: skip
+_CHOICES = {"--scheduler": ("asha", "pbt", "none"), "--searcher": ("random", "optuna")}
 _REDUCTION = 3  # of ASHA: a third of the trials goes on at each rung
 _DRAWS = 100  # tries for each trial
 _TRIAL_BYTES = 512 * 2**20  # of an actor that waits for its training; CPUs belong to the training's workers
@@ -59,13 +63,14 @@ _BEST, _RAY = "best", "ray"
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep varies and how. concurrent: None for as many trials as there is room for; never part of its
-    recipe."""
+    """What a sweep varies and how. generations: of population based training, else 1. concurrent: None for as many
+    trials as there is room for; never part of its recipe."""
 
     dimensions: list[Dimension]
     objective: str
     trials: int
     scheduler: str
+    generations: int
     searcher: str
     seed: int
     concurrent: int | None
@@ -161,17 +166,38 @@ def _sweep(given: Mapping[str, str], config: PipelineConfig) -> Sweep:
             "expected the package optuna for --searcher optuna, found none; pip install 'vqvae-pipeline[tune]', or "
             "leave it out"
         )
+    scheduler, generations = given.get("--scheduler", "asha"), 1
+    if scheduler == "pbt":
+        generations = _whole(given, "--generations", 4, 2)
+        _check_population(dimensions, searcher, generations, getattr(config, objective.schedule).steps)
+    elif "--generations" in given:
+        raise InputError(f"expected --generations with --scheduler pbt only, found the scheduler {scheduler}")
     sweep = Sweep(
         dimensions=dimensions,
         objective=name,
-        trials=_whole(given, "--trials", 12, 1),
-        scheduler=given.get("--scheduler", "asha"),
+        trials=_whole(given, "--trials", 12, 2 if scheduler == "pbt" else 1),
+        scheduler=scheduler,
+        generations=generations,
         searcher=searcher,
         seed=_whole(given, "--seed", 0, 0),
         concurrent=_whole(given, "--concurrent", 1, 1) if "--concurrent" in given else None,
     )
     sweep.draws(config)
     return sweep
+
+
+def _check_population(dimensions: list[Dimension], searcher: str, generations: int, steps: int) -> None:
+    if searcher != "random":
+        raise InputError(f"expected --searcher random with --scheduler pbt, found {searcher}")
+    for one in dimensions:
+        if one.field not in MAY_CHANGE:
+            fields = ", ".join(name.replace("_", "-") for name in MAY_CHANGE)
+            raise InputError(
+                f"expected fields that may change in the middle of a training ({fields}) for --scheduler pbt, found "
+                f"{one.field.replace('_', '-')}; search over it with asha or none"
+            )
+    if generations > steps:
+        raise InputError(f"expected at most {steps} generations, one a step, found {generations}")
 
 
 def _whole(given: Mapping[str, str], option: str, default: int, least: int) -> int:
@@ -219,6 +245,7 @@ def _sweep_of(
         "scheduler": sweep.scheduler,
         "searcher": sweep.searcher,
         "seed": sweep.seed,
+        **({"generations": sweep.generations} if sweep.scheduler == "pbt" else {}),
     }
     return pipeline.make(
         "tune",
@@ -263,25 +290,21 @@ def _build(
         )
         return runs[record.number]
 
-    notes = Notes(records, sweep.trials, objective.metric, open_run)
     print(f"tune: {sweep.trials} trials, {count} at a time, {each} CPUs a worker", flush=True)
-    _tune(sweep, objective, config, shared, notes, count, records)
-    found = [notes.records.get(number) for number in range(1, sweep.trials + 1)]
-    failed = [record for record in found if record is not None and record.state == FAILED]
-    if failed:
-        raise InputError(
-            f"expected {sweep.trials} trials, {len(failed)} failed, the first of them trial {failed[0].number}: "
-            f"{failed[0].reason}; the same command tries them again"
-        )
-    over = [record for record in found if record is not None and record.is_over]
-    if len(over) < sweep.trials:
-        notes.end()
-        raise KeyboardInterrupt  # which Ray Tune takes for itself
+    moves: list[str] = []
+    if sweep.scheduler == "pbt":
+        over = _generations(sweep, objective, config, shared, records, count, open_run, moves)
+    else:
+        trials = list(enumerate(sweep.draws(config), 1)) if sweep.searcher == "random" else None
+        notes = Notes(records, sweep.trials, objective.metric, open_run)
+        _tune(sweep, objective, config, shared, notes, count, records, trials)
+        over = _over(notes, sweep.trials)
     default_row = _default_row(config, sweep, objective, default)
     rows = [default_row, *sorted((_row(record) for record in over), key=lambda row: _rank(row, objective))]
     best = min((row for row in rows if row["model"] is not None), key=lambda row: _rank(row, objective))
     if best is not default_row:
-        runs[best["trial"]].mark(_BEST)
+        known = next(record for record in over if record.number == best["trial"])
+        (runs.get(known.number) or open_run(known)).mark(_BEST)
     facts = {
         "objective": sweep.objective,
         "trials": sweep.trials,
@@ -293,13 +316,76 @@ def _build(
         "default": default_row["objective"],
     }
     files = {
-        MARKDOWN: markdown(rows, sweep.dimensions, objective).encode(),
+        MARKDOWN: (markdown(rows, sweep.dimensions, objective) + "".join(f"\n- {move}" for move in moves)).encode(),
         CSV: csv_of(rows, sweep.dimensions).encode(),
-        JSON: json.dumps({"rows": rows, "objective": objective.title, "mode": objective.mode}, indent=1).encode(),
+        JSON: json.dumps(
+            {"rows": rows, "objective": objective.title, "mode": objective.mode, "moves": moves}, indent=1
+        ).encode(),
         PICTURE: parallel_coordinates(rows, sweep.dimensions, objective),
     }
     entries = [FileEntry(**entry) for entry in write_files(space.folder, files)]
     return Made(entries, facts, time.monotonic() - begin)
+
+
+def _over(notes: Any, count: int) -> list[Record]:
+    """The records of all trials. Raises `InputError` where one failed, KeyboardInterrupt where the sweep was ended."""
+    found = [notes.records.get(number) for number in range(1, count + 1)]
+    failed = [record for record in found if record is not None and record.state == FAILED]
+    if failed:
+        raise InputError(
+            f"expected {count} trials, {len(failed)} failed, the first of them trial {failed[0].number}: "
+            f"{failed[0].reason}; the same command tries them again"
+        )
+    over = [record for record in found if record is not None and record.is_over]
+    if len(over) < count:
+        notes.end()
+        raise KeyboardInterrupt  # which Ray Tune takes for itself
+    return over
+
+
+def _generations(
+    sweep: Sweep,
+    objective: Objective,
+    config: PipelineConfig,
+    shared: Shared,
+    records: Folder,
+    count: int,
+    open_run: Callable[[Record], StageRun],
+    moves: list[str],
+) -> list[Record]:
+    """Population based training, a run of Ray Tune for each generation. moves: gets a line for each member that goes on
+    from another. Returns the records of the last generation."""
+    from pipelines.trial import Notes
+
+    steps = getattr(config, objective.schedule).steps
+    members = [Member(number, values) for number, values in enumerate(sweep.draws(config), 1)]
+    for number, until in enumerate(ends(steps, sweep.generations), 1):
+        place = records / f"generation-{number}"
+        notes = Notes(place, sweep.trials, objective.metric, open_run)
+        told = dataclasses.replace(
+            shared, records=place.uri, until=until if until < steps else None, parts=(records / "parts").uri,
+            before={member.number: member.before for member in members},
+        )  # fmt: skip
+        over = {record.number for record in notes.records.values() if record.is_over}
+        left = [(member.number, dict(member.values)) for member in members if member.number not in over]
+        if left:
+            _tune(sweep, objective, config, told, notes, count, place, left)
+        found = _over(notes, sweep.trials)
+        if until == steps:
+            return found
+        reached = {record.number: Reached(record.objective, record.reached) for record in found}
+        if all(one.value is None for one in reached.values()):
+            raise InputError(f"expected finite numbers, found none at step {until} in any trial: {found[0].reason}")
+        members = next_generation(
+            members, reached, until, mode=objective.mode, dimensions=sweep.dimensions,
+            refusal=lambda values: sweep.refusal(config, values), seed=sweep.seed,
+        )  # fmt: skip
+        for member in members:
+            if member.parent != member.number:
+                values = ", ".join(f"{name}={short(value)}" for name, value in member.values.items())
+                moves.append(f"trial {member.number} goes on from trial {member.parent} at step {until}: {values}")
+                print(f"tune: {moves[-1]}", flush=True)
+    raise AssertionError("unreachable")
 
 
 def _default_row(config: PipelineConfig, sweep: Sweep, objective: Objective, model: Artifact) -> Row:
@@ -339,9 +425,10 @@ def _tune(
     notes: Any,
     count: int,
     records: Folder,
+    trials: Sequence[tuple[int, dict[str, Value]]] | None,
 ) -> None:
-    """Ray Tune over all trials. Those that earlier runs noted come with what they had reported; Ray Tune's own record,
-    a pickle, is never read."""
+    """Ray Tune over trials, numbers with values; None: as a searcher draws them. Those that earlier runs noted come
+    with what they had reported; Ray Tune's own record, a pickle, is never read."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     from ray import tune
 
@@ -357,9 +444,8 @@ def _tune(
             reduction_factor=_REDUCTION,
         )  # fmt: skip
     searcher, space = None, {}
-    if sweep.searcher == "random":
-        trials = [{"number": number, "values": values} for number, values in enumerate(sweep.draws(config), 1)]
-        space = {"trial": tune.grid_search(trials)}
+    if trials is not None:
+        space = {"trial": tune.grid_search([{"number": number, "values": values} for number, values in trials])}
     else:
         from pipelines.optuna_search import OptunaSearch
 

@@ -91,7 +91,8 @@ class Worker:
     sums a tensor over ranks, in place. log(step, metrics), show(step, pictures) and save(state, step of the best state)
     are called on rank 0; save may go on in the background until flush(). load(step): a saved state. warn(line): to
     whoever watches. asked(), on rank 0 after each step: whether to save now, or to save and stop with `StoppedError`.
-    compile: where the device gains from it.
+    compile: where the device gains from it. until: a step after which the loop ends, with a validation and a state, for
+    another training to go on from; None: that of the schedule.
     """
 
     rank: int = 0
@@ -100,6 +101,7 @@ class Worker:
     checkpoint_every: int = 1000
     micro_batch: int | None = None
     compile: bool = False
+    until: int | None = None
     all_reduce: Callable[[Tensor], None] = _keep
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     show: Callable[[int, dict[str, bytes]], None] = lambda step, pictures: None
@@ -196,6 +198,7 @@ class _Loop:
         self._saved = 0
         self._best: int | None = None
         self._is_over = False  # by patience
+        self._stop = min(config.steps, worker.until or config.steps)
 
     def run(self, batches: Batches, resume: TrainingState | None) -> History:
         start = self._restore(resume) if resume is not None else 0
@@ -209,7 +212,7 @@ class _Loop:
         config, worker = self._config, self._worker
         if self._is_over:
             return
-        with contextlib.closing(batches.batches(start, config.steps)) as waiting:  # type: ignore[type-var]
+        with contextlib.closing(batches.batches(start, self._stop)) as waiting:  # type: ignore[type-var]
             for step, batch in enumerate(waiting, start):
                 torch.manual_seed(mix(config.seed, step, worker.rank) & 0x7FFFFFFFFFFFFFFF)
                 pieces = _pieces(batch, config.batch_size, worker)
@@ -260,7 +263,7 @@ class _Loop:
 
     def _after(self, done: int) -> None:
         config, worker, curves = self._config, self._worker, self._curves
-        validates = done % config.validate_every == 0 or done == config.steps
+        validates = done % config.validate_every == 0 or done == self._stop
         if validates or done % config.log_every == 0:
             curves.check_finite(done, self._saved)
             point = {"step": done, **curves.means(), **self._task.figures(curves.last_point, done)}
@@ -278,7 +281,7 @@ class _Loop:
         if self._is_over and done < config.steps:
             worker.warn(f"stopped at step {done}, since no validation was better than that of step {self._best}")
         asked = worker.asked()
-        is_last = done == config.steps or self._is_over
+        is_last = done == self._stop or self._is_over
         if done - self._saved >= worker.checkpoint_every or is_last or done == self._best or asked:
             curves.check_finite(done, self._saved)
             worker.save(self._state(done), self._best)

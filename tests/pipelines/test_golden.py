@@ -158,7 +158,7 @@ def test_train_vqvae(tmp_path: Path, golden: dict) -> None:
         "images": images(root).folder.uri, "model": dataclasses.asdict(VQVAE_CONFIG), "out": (root / "v").uri,
         "train": dataclasses.asdict(TRAIN), "identity": "w", "augment": {}, "loader_workers": 0,
     }  # fmt: skip
-    value = train_vqvae._loop(settings, Worker(), None)
+    value = train_vqvae.loop(settings, Worker(), None)
     assert value["facts"]["psnr_db"] == pytest.approx(golden["psnr_db"], abs=0.02)
     assert value["facts"]["shrunken_psnr_db"] == pytest.approx(golden["shrunken_psnr_db"], abs=0.02)
 
@@ -176,8 +176,8 @@ def test_likelihoods(tmp_path: Path, golden: dict) -> None:
             "train": dataclasses.asdict(TRAIN), "identity": "w", "augment": {}, "loader_workers": 0,
             "num_samples": 3 if name.startswith("vimco") else 1, "decode_mebibytes": 64,
         }  # fmt: skip
-        stage = train_vqvae if name == "vqvae" else train_baseline
-        value = stage._loop(settings, Worker(), None)
+        loop = train_vqvae.loop if name == "vqvae" else train_baseline._loop
+        value = loop(settings, Worker(), None)
         entries = {file["path"]: (out.read(file["path"]), 0) for file in value["files"]}
         kind = "VQVAEModel" if name == "vqvae" else "BaselineModel"
         model = artifact(out, kind, entries, value["facts"])
@@ -227,7 +227,7 @@ def test_train_prior_and_sample(tmp_path: Path, golden: dict) -> None:
         "tokens": (root / "ts").uri, "model": dataclasses.asdict(PRIOR_CONFIG), "out": (root / "p").uri,
         "train": dataclasses.asdict(TRAIN), "identity": "w",
     }  # fmt: skip
-    value = train_prior._loop(settings, Worker(), None)
+    value = train_prior.loop(settings, Worker(), None)
     assert value["facts"]["bits_per_token"] == pytest.approx(golden["bits_per_token"], abs=0.01)
     model = vqvae(root)
     made = prior_of(root, model)

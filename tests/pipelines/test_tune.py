@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -43,7 +44,17 @@ def sweep_of(*arguments: str, config=SMOKE) -> tune.Sweep:
         (("--search", "prior.channels=choice:16,32"), "expected fields of vqvae, train, augment, .* prior.channels"),
         (("--search", SPACE[0], "--objective", "fid"), "--objective to be one of psnr, bits_per_dim, prior_bits"),
         (("--search", SPACE[0], "--objective", "bits_per_dim"), "expected a likelihood with bits"),
-        (("--search", SPACE[0], "--scheduler", "hyperband"), "--scheduler to be one of asha, none, found 'hyperband'"),
+        (("--search", SPACE[0], "--scheduler", "hyperband"), "one of asha, pbt, none, found 'hyperband'"),
+        (
+            ("--search", SPACE[1], "--scheduler", "pbt"),
+            "that may change in the middle .* found vqvae.quantizer.num-codes",
+        ),
+        (("--search", SPACE[0], "--scheduler", "pbt", "--trials", "1"), "--trials to be a whole number of at least 2"),
+        (("--search", SPACE[0], "--scheduler", "pbt", "--generations", "99"), "at most 24 generations, .* found 99"),
+        (
+            ("--search", SPACE[0], "--generations", "3"),
+            "--generations with --scheduler pbt only, found the scheduler asha",
+        ),
         (("--search", SPACE[0], "--trials", "0"), "--trials to be a whole number of at least 1, found '0'"),
         (("--search", SPACE[0], "--concurrent", "two"), "--concurrent to be a whole number .* found 'two'"),
         (("--search", "train.learning-rate=log:1..0"), "expected two numbers LOW..HIGH"),
@@ -203,13 +214,13 @@ def sweep_in(root: Path) -> Artifact:
     return Artifact.open(Folder.of(manifest.parent))
 
 
-def wait_for_line(process: subprocess.Popen, beginning: str) -> None:
+def wait_for_line(process: subprocess.Popen, part: str) -> None:
     assert process.stdout is not None
     seen, deadline = [], time.monotonic() + 400
     for line in process.stdout:
         seen.append(line)
         assert time.monotonic() < deadline, "".join(seen)
-        if line.startswith(beginning):
+        if part in line:
             return
     raise AssertionError("".join(seen))
 
@@ -310,3 +321,42 @@ def test_a_trial_that_diverges_is_the_worst(tmp_path: Path) -> None:
         for row in json.loads(sweep_in(tmp_path / "root").read("sweep.json"))["rows"][1:]
     }
     assert (found[1e-3]["state"], found[1e30]["state"]) == ("done", "diverged") and found[1e30]["objective"] is None
+
+
+@pytest.mark.slow
+def test_a_population_that_is_killed_goes_on(tmp_path: Path) -> None:
+    """Four trials in three generations, killed in the second; again with two at a time: the same values, the same
+    figures, and the bytes of the models."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    space = "train.learning-rate=log:1e-4..1e-2 vqvae.commitment-cost=log:1..50"
+    more = ("--search", space, "--scheduler", "pbt", "--trials", "4", "--generations", "3", "--train.precision", "fp32",
+            "--resources.cpus-per-worker", "1")  # fmt: skip
+    process = start(root, *more, "--concurrent", "1")
+    wait_for_line(process, " goes on from trial ")
+    wait_for_line(process, "tune: trial 2 of 4: ")
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    output = finished(start(root, *more, "--concurrent", "1"))
+    assert "trial 1 of 4 begins" not in output.partition("at step 16")[0], "what is done is not done again"
+    finished(start(other, *more, "--concurrent", "2"))
+    found, without = (json.loads(sweep_in(place).read("sweep.json")) for place in (root, other))
+    assert found["moves"] == without["moves"] and len(found["moves"]) == 2
+    for row, same in zip(found["rows"], without["rows"], strict=True):
+        model, copy = (Artifact.open(Folder(one["model"])) for one in (row, same))
+        assert (row["values"], row["objective"], row["steps"]) == (same["values"], same["objective"], 24)
+        assert model.manifest.content == copy.manifest.content
+        recipe = model.manifest.recipe
+        assert recipe["train"]["learning_rate"] == row["values"]["train.learning_rate"]
+        if row["trial"] != "preset":
+            assert [part["until"] for part in recipe["before"]] == [8, 16]
+    for move, step in zip(found["moves"], (8, 16), strict=True):
+        child, parent, values = re.fullmatch(rf"trial (\d) goes on from trial (\d) at step {step}: (.*)", move).groups()
+        records = {row["trial"]: row for row in found["rows"]}
+        place = Path(sweep_in(root).folder.uri)
+        (record,) = place.glob(f"training-*/generation-{step // 8}/trials/trial-0000{parent}.json")
+        reached = json.loads(record.read_text())["reached"]
+        assert Path(reached["folder"], f"step-{step:08d}", "state.json").is_file() and reached["step"] == step
+        before = Artifact.open(Folder(records[int(child)]["model"])).manifest.recipe["before"]
+        assert before[step // 8 - 1]["values"] == json.loads(record.read_text())["values"], "the parent's up to there"
+        assert len(values.split(", ")) == 2
