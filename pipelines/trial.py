@@ -28,10 +28,10 @@ _SECONDS_TO_START = "120"  # of a trial's workers: another one may still write i
 class Trial(tune.Trainable):
     """Results: steps done, the objective there, and at the end the model's folder.
 
-    What an earlier run of the sweep saw of this trial comes first, so that a scheduler knows what it knew. When Ray
-    Tune ends a trial it saves it first, and no other trial begins meanwhile: that is where training is asked to stop,
-    writes a checkpoint and has Ray Train give its workers back. A trial that is killed instead keeps them for minutes,
-    or for ever where Ray has no dashboard.
+    What an earlier run of the sweep saw of this trial comes first, so that a scheduler knows what it knew, and decides
+    of others as it would have. When Ray Tune ends a trial it saves it first, and no other trial begins meanwhile: that
+    is where training is asked to stop, writes a checkpoint and has Ray Train give its workers back. A trial that is
+    killed instead keeps them for minutes, or for ever where Ray has no dashboard.
     """
 
     def setup(self, config: dict[str, Any], shared: Shared | None = None) -> None:
@@ -42,12 +42,16 @@ class Trial(tune.Trainable):
         self._stops = threading.Event()
         self._thread: threading.Thread | None = None
         self._last: dict[str, Any] = {"steps": 0, "objective": self._objective.worst}
-        record = read_records(Folder(shared.records)).get(self._number)
-        self._seen = list(record.points) if record is not None and record.state != DONE else []
+        known = read_records(Folder(shared.records)).get(self._number)
+        self._seen = list(known.points) if known is not None else []
+        self._known = known if known is not None and known.is_over else None
 
     def step(self) -> dict[str, Any]:
         if self._seen:
             return self._told("point", self._seen.pop(0))
+        if self._known is not None and self._known.state != DONE:  # how it ended in an earlier run holds
+            worst = {"objective": self._objective.worst} if self._known.state == DIVERGED else {}
+            return {**self._last, **worst, "news": False, "done": True}
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="trial", daemon=True)
             self._thread.start()
@@ -181,14 +185,15 @@ class Notes(tune.Callback):
             values = " ".join(f"{name}={short(value)}" for name, value in record.values.items())
             self._say(record, f" begins: {values}")
             self._runs[record.number] = self._open_run(record)
-        record.state = RUNNING if record.state != DONE else DONE
-        record.write(self._folder)
+        if not record.is_over:
+            record.state = RUNNING
+            record.write(self._folder)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         record = self._of(trial)
-        if not result["news"]:
+        if not result["news"] or (record.is_over and "model" not in result):  # the latter as an earlier run saw it
             return
         record.steps, run, value = result["steps"], self._runs[record.number], float(result["objective"])
         if "diverged" in result:
@@ -216,6 +221,16 @@ class Notes(tune.Callback):
             self._say(record, f" is stopped after {record.steps} steps")
             self._runs[record.number].fail("KILLED")
             record.write(self._folder)
+        elif record.is_over and "model" not in trial.last_result and "reached" not in trial.last_result:
+            self._end_again(record)
+
+    def _end_again(self, record: Record) -> None:
+        """Its run was opened, though an earlier run of the sweep had ended it."""
+        run = self._runs[record.number]
+        if record.state == DONE and record.model is not None:
+            run.finish(Artifact.open(Folder(record.model)))
+        else:
+            run.fail("KILLED" if record.state == STOPPED else "FAILED")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         record = self._of(trial)

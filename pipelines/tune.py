@@ -47,6 +47,7 @@ from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder
+from vqvae_core.train_config import TrainConfig
 
 VERSION = 1
 KIND = "Sweep"
@@ -169,7 +170,7 @@ def _sweep(given: Mapping[str, str], config: PipelineConfig) -> Sweep:
     scheduler, generations = given.get("--scheduler", "asha"), 1
     if scheduler == "pbt":
         generations = _whole(given, "--generations", 4, 2)
-        _check_population(dimensions, searcher, generations, getattr(config, objective.schedule).steps)
+        _check_population(dimensions, searcher, generations, getattr(config, objective.schedule))
     elif "--generations" in given:
         raise InputError(f"expected --generations with --scheduler pbt only, found the scheduler {scheduler}")
     sweep = Sweep(
@@ -186,7 +187,7 @@ def _sweep(given: Mapping[str, str], config: PipelineConfig) -> Sweep:
     return sweep
 
 
-def _check_population(dimensions: list[Dimension], searcher: str, generations: int, steps: int) -> None:
+def _check_population(dimensions: list[Dimension], searcher: str, generations: int, schedule: TrainConfig) -> None:
     if searcher != "random":
         raise InputError(f"expected --searcher random with --scheduler pbt, found {searcher}")
     for one in dimensions:
@@ -196,8 +197,12 @@ def _check_population(dimensions: list[Dimension], searcher: str, generations: i
                 f"expected fields that may change in the middle of a training ({fields}) for --scheduler pbt, found "
                 f"{one.field.replace('_', '-')}; search over it with asha or none"
             )
-    if generations > steps:
-        raise InputError(f"expected at most {steps} generations, one a step, found {generations}")
+    if generations > schedule.steps:
+        raise InputError(f"expected at most {schedule.steps} generations, one a step, found {generations}")
+    if schedule.patience is not None:
+        raise InputError(
+            f"expected no patience with --scheduler pbt, which has all train for as long, found {schedule.patience}"
+        )
 
 
 def _whole(given: Mapping[str, str], option: str, default: int, least: int) -> int:
