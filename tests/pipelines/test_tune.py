@@ -209,6 +209,40 @@ def test_only_a_scheduler_stops_a_trial(tmp_path: Path, decided: bool) -> None:
     assert (record.number, record.points, run.ended) == (2, [(8, 20.0)], ["KILLED"])
 
 
+@pytest.mark.parametrize(("state", "last"), [("stopped", 21.0), ("diverged", -1e9)])
+def test_what_an_earlier_run_saw_of_a_trial_comes_first_and_holds(tmp_path: Path, state: str, last: float) -> None:
+    """The scheduler is told all of it again; nothing is trained, and the record and the run end as they were."""
+    from pipelines.sweep_record import Record, Shared
+    from pipelines.trial import Notes, Trial
+
+    folder = Folder(str(tmp_path))
+    known = Record(
+        number=2, values={"train.learning_rate": 1e-3}, points=[(8, 20.0), (12, 21.0)], state=state, steps=12
+    )
+    known.write(folder)
+    (written,) = tmp_path.rglob("*.json")
+    before = written.read_bytes()
+    config = {"trial": {"number": 2, "values": known.values}}
+    trial = Trial.__new__(Trial)  # an actor of Ray's otherwise
+    trial.setup(config, Shared(root="", config={}, objective="psnr", data="", records=folder.uri))
+    told = [trial.step() for _ in range(3)]
+    assert [one["steps"] for one in told] == [8, 12, 12] and [one.get("done", False) for one in told] == [
+        False,
+        False,
+        True,
+    ]
+    assert [one["objective"] for one in told] == [20.0, 21.0, last]
+    run = Silent()
+    notes = Notes(folder, 3, "psnr", lambda record: run)  # type: ignore[arg-type, return-value]
+    shown = SimpleNamespace(config=config, last_result=told[-1])
+    notes.on_trial_start(0, [], shown)
+    for one in told:
+        notes.on_trial_result(0, [], shown, one)
+    notes.on_trial_complete(0, [], shown)
+    assert written.read_bytes() == before
+    assert run.ended == ["KILLED" if state == "stopped" else "FAILED"]
+
+
 def sweep_in(root: Path) -> Artifact:
     [manifest] = root.glob("tune-*/manifest.json")
     return Artifact.open(Folder.of(manifest.parent))
@@ -290,7 +324,7 @@ def check_runs(root: Path, sweep: Artifact) -> None:
 @pytest.mark.slow
 def test_asha_stops_trials_early(tmp_path: Path) -> None:
     """Nine trials one after the other, rungs at 8 and 24 steps: some are stopped, their workers are given back, and
-    what came to its end is compared."""
+    what came to its end is compared. Killed in the middle, it comes to the same."""
     more = ("--trials", "9", "--concurrent", "1", "--train.validate-every", "8")
     output = finished(start(tmp_path / "root", *more))
     sweep = sweep_in(tmp_path / "root")
@@ -299,6 +333,15 @@ def test_asha_stops_trials_early(tmp_path: Path) -> None:
     assert len(states) == 9 and set(states) == {"done", "stopped"}, output
     assert all(row["steps"] < 24 and row["model"] is None for row in found if row["state"] == "stopped")
     assert output.count(" is stopped after ") == states.count("stopped")
+    process = start(tmp_path / "other", *more)
+    wait_for_line(process, "tune: trial 5 of 9: ")
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    output = finished(start(tmp_path / "other", *more))
+    without = json.loads(sweep_in(tmp_path / "other").read("sweep.json"))["rows"][1:]
+    same = ("trial", "values", "steps", "objective", "state")
+    assert [[row[name] for name in same] for row in without] == [[row[name] for name in same] for row in found], output
 
 
 @pytest.mark.slow
