@@ -1,5 +1,6 @@
 """Several Ray nodes as processes of this machine: for tests and trials of what a cluster does."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -65,12 +66,17 @@ class LocalCluster:
 
     def close(self) -> None:
         assert self._host.stdin is not None
-        self._host.stdin.close()
-        self._host.wait(60)
+        with contextlib.suppress(BrokenPipeError):
+            self._host.stdin.close()
+        try:
+            self._host.wait(60)
+        finally:
+            self._host.kill()
 
     def _ask(self, name: str, **arguments: Any) -> Any:
         assert self._host.stdin is not None and self._host.stdout is not None
-        print(json.dumps([name, arguments]), file=self._host.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps([name, arguments]), file=self._host.stdin, flush=True)
         answer = self._host.stdout.readline()
         if not answer:
             raise RuntimeError(f"expected Ray's nodes on this machine, their process ended with {self._host.wait(60)}")

@@ -1,5 +1,6 @@
 """Connecting to Ray, or starting it here: as late as possible, and with its resources checked before any work."""
 
+import contextlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # Ray Data gives these names
-_SECONDS_TO_END = 10.0
+_SECONDS_TO_END, _SECONDS_TO_LOOK = 10.0, 60.0
 AUTOSCALED = "AUTOSCALED_NODES"
 
 
@@ -176,21 +177,28 @@ class Session:
         return max(1 + len(self._autoscaled()), len(self._alive()))
 
     def pool(self, name: str) -> dict[str, Any]:
-        """The option of a task or actor that belongs on nodes with the label pool=name; none where there is no such
-        node, as on one machine, or none that lives."""
+        """Options of a task or actor that belongs on nodes with the label pool=name, while one of them lives; none
+        where there is no such node, as on one machine."""
         there = any(node.get("Labels", {}).get("pool") == name for node in self._alive())
-        return {"label_selector": {"pool": name}} if there else {}
+        return {"label_selector": {"pool": name}, "fallback_strategy": [{"label_selector": {}}]} if there else {}
 
     def nodes_without(self, path: str) -> list[str]:
-        """Addresses of the nodes on which there is no such file."""
+        """Addresses of the nodes that live and on which there is no such file; without those that do not answer."""
         ray = self.connect()
+        from ray.exceptions import RayError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         look: Any = ray.remote(num_cpus=0)(os.path.exists)
         nodes = [(node["NodeID"], node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]]
         looks = [look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(path)
                  for node, _ in nodes]  # fmt: skip
-        return [address for (_, address), there in zip(nodes, ray.get(looks), strict=True) if not there]
+        ray.wait(looks, num_returns=len(looks), timeout=_SECONDS_TO_LOOK)
+        found = []
+        for (_, address), one in zip(nodes, looks, strict=True):
+            with contextlib.suppress(RayError):
+                if not ray.get(one, timeout=0):
+                    found.append(address)
+        return found
 
     def object_store_bytes(self) -> int:
         """What is in the object stores of all nodes now."""

@@ -17,6 +17,10 @@ class SavedState:
     identity: str
     step: int
 
+    def is_there(self) -> bool:
+        """Whether it has an index, which is written last."""
+        return self.step in StateFolder(Folder(self.folder), self.identity).finished()
+
     def load(self) -> TrainingState:
         """Raises `CheckpointError` where it is not there any more, or altered."""
         return StateFolder(Folder(self.folder), self.identity).load(self.step)

@@ -8,9 +8,11 @@ What is drawn is a function of the seed, the generation and the member.
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipelines.lineage import NO_LINEAGE, Lineage, SavedState, Segment
 from pipelines.search_space import Dimension, Value
+from vqvae_core.errors import InputError
 
 # What may change in the middle of a training: neither the model's tensors nor the order of samples depend on it.
 MAY_CHANGE = (
@@ -25,7 +27,7 @@ MAY_CHANGE = (
     "prior.dropout",
 )
 _SHARE = 4  # a quarter goes on from a quarter
-_FACTORS, _ANEW, _TRIES = (0.8, 1.25), 0.25, 100  # of values; how often one is drawn anew; tries for values that fit
+_SHIFT, _ANEW, _TRIES = 0.1, 0.25, 100  # of a range; how often a value is drawn anew; tries for values that fit
 
 
 @dataclass(frozen=True)
@@ -62,24 +64,40 @@ def next_generation(
     refusal: Callable[[dict[str, Value]], str | None],
     seed: int,
 ) -> list[Member]:
-    """Members after they were compared at a step. refusal(values): why the config does not take them, else None."""
+    """Members after they were compared at a step, no two of which go on from the same state under the same values.
+    At least one has a figure. refusal(values): why the config does not take them, else None.
+
+    Raises `InputError` where a member whose numbers are not finite finds no values that are left.
+    """
 
     def badness(member: Member) -> tuple[bool, float]:
         value = reached[member.number].value
         return value is None, 0.0 if value is None else -value if mode == "max" else value
 
     ranked = sorted(members, key=badness)  # stable: of equals the first
-    count = max(1, len(ranked) // _SHARE) if len(ranked) > 1 else 0
-    best = [member for member in ranked[: max(1, count)] if reached[member.number].value is not None]
+    count = max(1, len(ranked) // _SHARE)
+    best = [member for member in ranked[:count] if reached[member.number].value is not None]
+    assert best, "nobody has a figure"
     lost = {member.number for member in ranked if reached[member.number].value is None}
-    worst = {member.number for member in ranked[len(ranked) - count :]} | lost
+    worst = ({member.number for member in ranked[len(ranked) - count :]} | lost) - {member.number for member in best}
+    taken = {member.number: [dict(member.values)] for member in best}
     found = []
     for member in members:
         parent, values = member, dict(member.values)
-        if member.number in worst and best:
+        if member.number in worst:
             draw = random.Random(f"{seed}-{until}-{member.number}")  # noqa: S311
-            parent = draw.choice(best)
-            values = near(parent.values, dimensions, refusal, draw)
+            one = draw.choice(best)
+            new = near(
+                one.values, dimensions, lambda found, one=one: found in taken[one.number] or refusal(found), draw
+            )
+            if new is not None:
+                parent, values = one, new
+                taken[one.number].append(new)
+            elif member.number in lost:
+                raise InputError(
+                    f"expected values for trial {member.number}, whose numbers were not finite by step {until}, that "
+                    f"differ from those of trial {one.number}, found none; widen --search or lower --trials"
+                )
         before = Lineage((*parent.before.segments, Segment(until, parent.values)), reached[parent.number].state)
         found.append(replace(member, values=values, before=before, parent=parent.number))
     return found
@@ -88,23 +106,26 @@ def next_generation(
 def near(
     values: Mapping[str, Value],
     dimensions: Sequence[Dimension],
-    refusal: Callable[[dict[str, Value]], str | None],
+    refusal: Callable[[dict[str, Value]], object],
     draw: random.Random,
-) -> dict[str, Value]:
-    """Values that differ a little, or now and then anew; the same ones where the config takes no others."""
+) -> dict[str, Value] | None:
+    """Values that differ a little, or now and then anew; None where all that were tried are refused."""
     for _ in range(_TRIES):
         found = {one.field: _moved(values[one.field], one, draw) for one in dimensions}
-        if found != dict(values) and refusal(found) is None:
+        if found != dict(values) and not refusal(found):
             return found
-    return dict(values)
+    return None
 
 
-def _moved(value: Value, dimension: Dimension, draw: random.Random) -> Value:
-    if draw.random() < _ANEW or value is None or isinstance(value, str):
+def _moved(value: Any, dimension: Dimension, draw: random.Random) -> Value:
+    """The next of a choice, or a tenth of the range up or down, in logarithms where values are drawn so."""
+    if draw.random() < _ANEW:
         return dimension.draw(draw)
+    up = draw.choice((-1, 1))
     if dimension.kind == "choice":
         options = list(dimension.values)
-        place = options.index(value) + draw.choice((-1, 1))
-        return options[min(max(place, 0), len(options) - 1)]
-    moved = min(max(value * draw.choice(_FACTORS), dimension.low), dimension.high)
-    return round(moved) if dimension.whole else moved
+        return options[min(max(options.index(value) + up, 0), len(options) - 1)]
+    low, high = dimension.low, dimension.high
+    if dimension.kind == "log":
+        return min(max(value * (high / low) ** (up * _SHIFT), low), high)
+    return min(max(value + up * _SHIFT * (high - low), low), high)

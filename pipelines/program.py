@@ -81,7 +81,7 @@ def check_cluster(session: Session, root: Folder, tracker: Tracker) -> None:
     nodes = session.num_nodes()
     if nodes == 1:
         return
-    if tracker.is_file:
+    if tracker.is_file or tracker.uri.startswith(("file:", "/", ".")):
         raise InputError(
             f"expected a server for runs, since the cluster has {nodes} nodes, found the file {tracker.place}; set "
             "MLFLOW_TRACKING_URI to a server (docs/cluster.md starts one), or give --no-track"
@@ -96,7 +96,8 @@ def check_cluster(session: Session, root: Folder, tracker: Tracker) -> None:
         if blind:
             raise InputError(
                 f"expected a root that all nodes of the cluster see, found {root.uri}, which is not the same on "
-                f"{len(blind)} of {nodes} nodes ({', '.join(blind)}); give --root s3://..., or a folder that they share"
+                f"{len(blind)} of the nodes that live ({', '.join(blind)}); give --root s3://..., or a folder that "
+                "they share"
             )
 
 

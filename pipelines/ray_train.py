@@ -52,7 +52,13 @@ def _fitted(trainer: Any, place: Folder) -> Any:
         except RayActorError as error:  # of Ray Train's controller
             if not is_outage(error):
                 raise
-            place.folders()
+            try:
+                place.folders()
+            except OSError as away:
+                raise TrainingFailedError(
+                    f"expected the store of {place.uri} to answer, it did not for minutes: {away}; the same command "
+                    "goes on from here"
+                ) from away
     return trainer.fit()
 
 
@@ -328,6 +334,7 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
             micro_batch=config["micro_batch"],
             compile=config["compile"] and device.type == "cuda",
             until=config["until"],
+            begin=0 if config["begin"] is None else config["begin"]["step"],
             all_reduce=all_reduce,
             log=lambda step, metrics: link.post("metrics", step, metrics),
             show=lambda step, pictures: link.post("pictures", step, pictures),

@@ -446,6 +446,7 @@ def _encode_shards(
         else:
             both = {"read": read, "encoder": encoder}
             together: Any = _ReadAndEncode
+            options |= session.pool("cpu")
             data = data.map(together, fn_constructor_kwargs=both, num_cpus=threads, compute=pool, **options)
     yield from session.rows(data)
 

@@ -141,10 +141,10 @@ def sharing_its_core(worker: Worker, loader: ImageLoader) -> Worker:
 
 
 def load_best(task: Trainable, history: History, worker: Worker) -> int:
-    """Give a model the weights that did best in validation, out of their checkpoint, or else the best that are whole.
-    Returns their step. Raises `CheckpointError` where none are."""
+    """Give a model the weights that did best in this training's validations, out of their checkpoint, or else the best
+    that are whole. Returns their step. Raises `CheckpointError` where none are."""
     torn: list[str] = []
-    for point in sorted(validations(history), key=task.score):
+    for point in sorted(validations(history, worker.begin), key=task.score):
         step = int(point["step"])
         try:
             state = worker.load(step)

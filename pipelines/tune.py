@@ -19,7 +19,9 @@ run. The same command again goes on where it stopped.
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -122,13 +124,19 @@ def main(arguments: list[str]) -> None:
     _, summary = conduct(options, stages, program=program, report=REPORT, schedules=("train", "train_prior"))
     print(found[0].read(MARKDOWN).decode())
     facts = found[0].facts
-    values = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in facts["best_values"].items())
+    for part in facts.get("best_before", []):
+        print(f"to step {part['until']}: {_as_options(part['values'])}")
+    values = _as_options(facts["best_values"])
     if facts["best_trial"] == PRESET:
         print(f"best:   the preset as it is, {facts['default']:.4f}")
     else:
         print(f"best:   {facts['best']:.4f}, the preset as it is {facts['default']:.4f}: {values}")
     print(f"        {facts['best_model']}")
     print(summary)
+
+
+def _as_options(values: Mapping[str, Value]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
 def _sweep(given: Mapping[str, str], config: PipelineConfig) -> Sweep:
@@ -201,7 +209,8 @@ def _check_population(dimensions: list[Dimension], searcher: str, generations: i
         raise InputError(f"expected at most {schedule.steps} generations, one a step, found {generations}")
     if schedule.patience is not None:
         raise InputError(
-            f"expected no patience with --scheduler pbt, which has all train for as long, found {schedule.patience}"
+            f"expected no patience with --scheduler pbt, which has all train for as long, found {schedule.patience}; "
+            "give --train.patience None (or --train-prior.patience None)"
         )
 
 
@@ -298,7 +307,12 @@ def _build(
     print(f"tune: {sweep.trials} trials, {count} at a time, {each} CPUs a worker", flush=True)
     moves: list[str] = []
     if sweep.scheduler == "pbt":
-        over = _generations(sweep, objective, config, shared, records, count, open_run, moves)
+        try:
+            over = _generations(sweep, objective, config, shared, records, count, open_run, moves)
+        except BaseException:
+            for one in runs.values():
+                one.fail("KILLED")
+            raise
     else:
         trials = list(enumerate(sweep.draws(config), 1)) if sweep.searcher == "random" else None
         notes = Notes(records, sweep.trials, objective.metric, open_run)
@@ -308,9 +322,10 @@ def _build(
     rows = [default_row, *sorted((_row(record) for record in over), key=lambda row: _rank(row, objective))]
     best = min((row for row in rows if row["model"] is not None), key=lambda row: _rank(row, objective))
     if best is not default_row:
-        known = next(record for record in over if record.number == best["trial"])
-        (runs.get(known.number) or open_run(known)).mark(_BEST)
+        runs[best["trial"]].mark(_BEST)
+    before = {} if best["model"] is None else Artifact.open(Folder(best["model"])).manifest.recipe.get("before")
     facts = {
+        **({"best_before": before} if before else {}),
         "objective": sweep.objective,
         "trials": sweep.trials,
         "trials_done": sum(row["model"] is not None for row in rows[1:]),
@@ -324,7 +339,8 @@ def _build(
         MARKDOWN: (markdown(rows, sweep.dimensions, objective) + "".join(f"\n- {move}" for move in moves)).encode(),
         CSV: csv_of(rows, sweep.dimensions).encode(),
         JSON: json.dumps(
-            {"rows": rows, "objective": objective.title, "mode": objective.mode, "moves": moves}, indent=1
+            {"rows": rows, "objective": objective.title, "mode": objective.mode, **({"moves": moves} if moves else {})},
+            indent=1,
         ).encode(),
         PICTURE: parallel_coordinates(rows, sweep.dimensions, objective),
     }
@@ -359,28 +375,37 @@ def _generations(
     moves: list[str],
 ) -> list[Record]:
     """Population based training, a run of Ray Tune for each generation. moves: gets a line for each member that goes on
-    from another. Returns the records of the last generation."""
+    from another. Returns the records of the last generation, or of one in which nobody's numbers were finite."""
     from pipelines.trial import Notes
+
+    def opened(record: Record, step: int) -> StageRun:
+        """A member's run, with the values that it has from a step on."""
+        run = open_run(record)
+        numbers = {name: value for name, value in record.values.items() if isinstance(value, int | float)}
+        run.log([(step, numbers)])
+        return run
 
     steps = getattr(config, objective.schedule).steps
     members = [Member(number, values) for number, values in enumerate(sweep.draws(config), 1)]
-    for number, until in enumerate(ends(steps, sweep.generations), 1):
+    stops = [0, *ends(steps, sweep.generations)]
+    for number, (begin, until) in enumerate(itertools.pairwise(stops), 1):
         place = records / f"generation-{number}"
-        notes = Notes(place, sweep.trials, objective.metric, open_run)
+        notes = Notes(place, sweep.trials, objective.metric, lambda record, begin=begin: opened(record, begin))
         told = dataclasses.replace(
             shared, records=place.uri, until=until if until < steps else None, parts=(records / "parts").uri,
             before={member.number: member.before for member in members},
         )  # fmt: skip
-        over = {record.number for record in notes.records.values() if record.is_over}
+        over = {record.number for record in notes.records.values() if until < steps and _is_kept(record)}
         left = [(member.number, dict(member.values)) for member in members if member.number not in over]
         if left:
             _tune(sweep, objective, config, told, notes, count, place, left)
         found = _over(notes, sweep.trials)
         if until == steps:
             return found
-        reached = {record.number: Reached(record.objective, record.reached) for record in found}
+        reached = {record.number: _reached(record) for record in found}
         if all(one.value is None for one in reached.values()):
-            raise InputError(f"expected finite numbers, found none at step {until} in any trial: {found[0].reason}")
+            print(f"tune: no trial has finite numbers at step {until}, the sweep ends here", flush=True)
+            return found
         members = next_generation(
             members, reached, until, mode=objective.mode, dimensions=sweep.dimensions,
             refusal=lambda values: sweep.refusal(config, values), seed=sweep.seed,
@@ -391,6 +416,17 @@ def _generations(
                 moves.append(f"trial {member.number} goes on from trial {member.parent} at step {until}: {values}")
                 print(f"tune: {moves[-1]}", flush=True)
     raise AssertionError("unreachable")
+
+
+def _is_kept(record: Record) -> bool:
+    """It is over, and what others may go on from is there."""
+    return record.is_over and (record.reached is None or record.reached.is_there())
+
+
+def _reached(record: Record) -> Reached:
+    value = record.objective
+    is_finite = value is not None and math.isfinite(value) and record.reached is not None
+    return Reached(value if is_finite else None, record.reached)
 
 
 def _default_row(config: PipelineConfig, sweep: Sweep, objective: Objective, model: Artifact) -> Row:
@@ -496,6 +532,7 @@ def _page(preset: str, pipeline: Pipeline, sweep: Artifact, seconds: float) -> b
             picture(sweep, PICTURE, "A line a trial: its values from left to right, and what came of them. Trials that "
                     "were stopped early are dashed; the preset as it is is black."),
             f"<table>{head}{''.join(lines)}</table>",
+            f"<ul>{''.join(f'<li>{move}</li>' for move in rows.get('moves', []))}</ul>",
             "<h2>Stages</h2>",
             stage_table(pipeline.reports),
         ],

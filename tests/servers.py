@@ -1,5 +1,6 @@
 """MLflow's server on PostgreSQL, as on a cluster, for tests: its processes end with the test."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -65,10 +66,17 @@ class Postgres:
                 [programs_at / "postgres", "-D", data, "-p", str(self.port), *settings],
                 stdout=output, stderr=output, cwd="/", **user,
             )  # fmt: skip
-        wait(lambda: listens(self.port), self._process, log)
         env = {**os.environ, "PGPASSWORD": self.password}
         command = [programs_at / "createdb", "--host=127.0.0.1", f"--port={self.port}", "--username=mlflow", "mlflow"]
-        subprocess.run(command, check=True, capture_output=True, env=env)
+
+        def made() -> bool:  # it refuses for a moment after it listens
+            return subprocess.run(command, capture_output=True, env=env).returncode == 0
+
+        try:
+            wait(made, self._process, log)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._process.send_signal(signal.SIGINT)  # do not wait for clients
@@ -105,9 +113,15 @@ class MlflowServer:
                 [str(ROOT / "cluster" / "mlflow-server.sh")], stdout=log, stderr=log, cwd=self._folder, env=self._env,
                 start_new_session=True,
             )  # fmt: skip
-        wait(lambda: listens(self.port), self._process, self.log)
+        try:
+            wait(lambda: listens(self.port), self._process, self.log)
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         """The server with its workers."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

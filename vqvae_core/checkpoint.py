@@ -61,6 +61,10 @@ class StateFolder:
         names = (name.removeprefix(_PREFIX) for name in self.folder.folders() if name.startswith(_PREFIX))
         return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
+    def finished(self) -> list[int]:
+        """Steps whose state was written to its end, the newest first. What is altered is found by `load`."""
+        return [step for step in self.steps() if self.folder.exists(f"{_name(step)}/{_INDEX}")]
+
     def newest(self) -> TrainingState | None:
         """The newest whole state. What is torn or altered is passed over with a warning that names it and the one that
         is used. Raises `CheckpointError` for a state of another run or version, OSError where a file cannot be read."""
@@ -131,11 +135,10 @@ class StateFolder:
     def _write(self, state: TrainingState, best_step: int | None) -> None:
         try:
             self.write(state)
-            steps = self.steps()
             # Of what is torn nothing can go on: it does not count.
-            whole = [step for step in steps if step <= state.step and self.folder.exists(f"{_name(step)}/{_INDEX}")]
+            whole = [step for step in self.finished() if step <= state.step]
             kept = {*whole[: self._keep], best_step}
-            for step in steps:
+            for step in self.steps():
                 if step not in kept:
                     # The index first: what is left of a deletion that is cut short is no state.
                     self.folder.delete(f"{_name(step)}/{_INDEX}")

@@ -30,9 +30,11 @@ A = TypeVar("A")
 T = TypeVar("T")
 _ATTEMPTS = 6  # of one request, over about 6 seconds, beside the 6 seconds of each that the S3 client takes itself
 _OUTAGE_SECONDS, _LONGEST_PAUSE = 180.0, 5.0  # how long a store may be away
+# Codes of curl: no connection, none in time, no answer, broken off as it is written or read. Not: no such host, a
+# certificate that is no good.
 _OUTAGE = re.compile(
-    r"HTTP status 5\d\d|curlCode|"
-    r"\b(SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|NETWORK_CONNECTION)\b"
+    r"HTTP status 50[0234]|curlCode: (7|28|52|55|56)\b|"
+    r"\b(SLOW_DOWN|THROTTLING|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT)\b"
 )
 _REQUESTS = 32  # in flight, where many small ones are made
 _LARGE_BYTES = 1 << 20
@@ -46,22 +48,28 @@ def retry(action: Callable[[], T], attempts: int = _ATTEMPTS) -> T:
     """Do something over the network, again after a growing pause where it fails. Raises the last error.
 
     That a file or a bucket is not there, or may not be read, is an answer: it is raised at once. A store that is away
-    or too busy is waited for, for three minutes, with a warning.
+    or too busy is waited for, for three minutes, with a warning; attempts: how often anything else may fail.
     """
-    begin, attempt = time.monotonic(), 0
+    begin, failures, away = time.monotonic(), 0, 0
     while True:
         try:
             return action()
         except (FileNotFoundError, PermissionError):
             raise
         except (OSError, pa.ArrowException) as error:
-            attempt += 1
-            waits = is_outage(error) and time.monotonic() - begin < _OUTAGE_SECONDS
-            if _is_answer(error) or (attempt >= attempts and not waits):
+            if _is_answer(error):
                 raise
-            if attempt == attempts:
-                _log.warning("the store does not answer, it is asked again for %d s: %s", _OUTAGE_SECONDS, error)
-            pause = min(_LONGEST_PAUSE, 0.2 * 2 ** (attempt - 1))
+            if is_outage(error):
+                away += 1
+                if time.monotonic() - begin > _OUTAGE_SECONDS:
+                    raise
+                if away == _ATTEMPTS:
+                    _log.warning("the store does not answer, it is asked again for %d s: %s", _OUTAGE_SECONDS, error)
+            else:
+                failures += 1
+                if failures == attempts:
+                    raise
+            pause = min(_LONGEST_PAUSE, 0.2 * 2 ** (failures + away - 1))
             time.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  no secret
 
 
@@ -168,10 +176,13 @@ class Folder:
 
     def open(self, name: str) -> pa.NativeFile:
         """A random-access file to read from. Raises FileNotFoundError."""
+        return self._open(name) if self.is_local else retry(lambda: self._open(name))
+
+    def _open(self, name: str) -> pa.NativeFile:
         if self.is_local:
             return pa.OSFile(self.path(name))
         system, path = self._s3(name)
-        return retry(lambda: system.open_input_file(path))
+        return system.open_input_file(path)
 
     def open_unchecked(self, name: str) -> pa.NativeFile:
         """`open` for a file that somebody else named, on S3, where no name leads out of a bucket."""
@@ -185,7 +196,7 @@ class Folder:
         )
 
     def _read(self, name: str, offset: int, num_bytes: int | None) -> bytes:
-        with self.open(name) as file:
+        with self._open(name) as file:
             expected = file.size() - offset if num_bytes is None else num_bytes
             data = file.read_at(expected, offset)
         if len(data) != expected:

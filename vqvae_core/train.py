@@ -92,7 +92,8 @@ class Worker:
     are called on rank 0; save may go on in the background until flush(). load(step): a saved state. warn(line): to
     whoever watches. asked(), on rank 0 after each step: whether to save now, or to save and stop with `StoppedError`.
     compile: where the device gains from it. until: a step after which the loop ends, with a validation and a state, for
-    another training to go on from; None: that of the schedule.
+    another training to go on from; None: that of the schedule. begin: the step of another training's state that this
+    one went on from: its best weights are of a validation after it.
     """
 
     rank: int = 0
@@ -102,6 +103,7 @@ class Worker:
     micro_batch: int | None = None
     compile: bool = False
     until: int | None = None
+    begin: int = 0
     all_reduce: Callable[[Tensor], None] = _keep
     log: Callable[[int, dict[str, float]], None] = lambda step, metrics: None
     show: Callable[[int, dict[str, bytes]], None] = lambda step, pictures: None
@@ -150,9 +152,10 @@ class _Curves:
         return {name: sum(float(point[name]) for point in self.pending) / count for name in self.pending[0]}
 
 
-def best_step(history: History, task: Trainable) -> int | None:
-    """The step of the validation with the lowest score, the first of equals; None where there was none."""
-    points = validations(history)
+def best_step(history: History, task: Trainable, begin: int = 0) -> int | None:
+    """The step of the validation after `begin` with the lowest score, the first of equals; None where there was
+    none."""
+    points = validations(history, begin)
     return int(min(points, key=task.score)["step"]) if points else None
 
 
@@ -162,9 +165,12 @@ def validations_since_best(history: History, task: Trainable) -> int:
     return sum(point["step"] > best for point in points) if best is not None else 0
 
 
-def validations(history: History) -> History:
-    """The points of the curves at which there was a validation."""
-    return [point for point in history if any(name.startswith("validation_") for name in point)]
+def validations(history: History, begin: int = 0) -> History:
+    """The points of the curves after `begin` at which there was a validation."""
+    return [
+        point for point in history
+        if point["step"] > begin and any(name.startswith("validation_") for name in point)
+    ]  # fmt: skip
 
 
 def train(
@@ -231,7 +237,7 @@ class _Loop:
         self._curves.pending = [
             {name: torch.tensor(value, dtype=torch.float64) for name, value in point.items()} for point in state.pending
         ]
-        self._saved, self._best = state.step, best_step(state.history, self._task)
+        self._saved, self._best = state.step, best_step(state.history, self._task, self._worker.begin)
         self._is_over = self._patience_is_over()
         return state.step
 
@@ -273,7 +279,7 @@ class _Loop:
             curves.history.append(point)
             if worker.rank == 0:
                 worker.log(done, {name: value for name, value in point.items() if name != "step"})
-                self._best = best_step(curves.history, self._task) if validates else self._best
+                self._best = best_step(curves.history, self._task, worker.begin) if validates else self._best
         if validates and config.patience is not None:
             self._is_over = self._all_told(self._patience_is_over())
         if worker.rank != 0:

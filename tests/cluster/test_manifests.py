@@ -158,7 +158,9 @@ def test_what_the_autoscaler_may_start_is_what_programs_are_told() -> None:
         assert one.get("gpus", 0) == int(limits.get("nvidia.com/gpu", 0))
         assert group["labels"] == {"pool": group["groupName"]}
     config = yaml.safe_load(AWS.read_text())
-    told = json.loads(re.search(f"{AUTOSCALED}='(.*?)'", config["head_start_ray_commands"][1]).group(1))  # type: ignore[union-attr]
+    commands = [config[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker")]
+    told, again = (json.loads(re.search(f"{AUTOSCALED}='(.*?)'", one).group(1)) for one in commands)  # type: ignore[union-attr]
+    assert told == again
     nodes = [node for name, node in config["available_node_types"].items() if name != "head"]
     for one, node in zip(told, nodes, strict=True):
         assert one["count"] == node["max_workers"] and one["cpus"] == node["resources"]["CPU"]

@@ -16,6 +16,7 @@ from pipelines.search_space import Dimension, parse_all
 from tests.vqvae_core.shards import make_images
 from vqvae_core import train as training
 from vqvae_core.checkpoint import CheckpointError, StateFolder, collect_tensors
+from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 from vqvae_core.train import Worker
 
@@ -63,8 +64,36 @@ def test_the_least_is_the_best_where_it_is_looked_for() -> None:
 
 def test_one_whose_numbers_are_not_finite_never_goes_on() -> None:
     found = after([None, 3, None, 2, None])
-    assert [member.parent for member in found] == [2, 2, 2, 2, 2] or [member.parent for member in found][3] == 4
+    assert [member.parent for member in found] == [2, 2, 2, 4, 2]
     assert all(found[number].before.state == state(2) for number in (0, 2, 4))
+    few = parse_all(["vqvae.commitment-cost=choice:1,4"], SMOKE)
+    first = [Member(number, {few[0].field: value}) for number, value in ((1, 1.0), (2, 4.0), (3, 4.0))]
+    reached = {1: Reached(3.0, state(1)), 2: Reached(None, None), 3: Reached(None, None)}
+    more = {"mode": "max", "dimensions": few, "refusal": lambda values: None, "seed": 0}
+    with pytest.raises(
+        InputError, match=r"values for trial 3, .* by step 8, .* of trial 1, found none; widen --search"
+    ):
+        next_generation(first, reached, 8, **more)
+
+
+def test_no_two_go_on_from_the_same_state_under_the_same_values() -> None:
+    """They would be one training, in one folder."""
+    one = parse_all(["train.learning-rate=log:5e-4..5e-3"], SMOKE)
+    for seed in range(200):
+        draw = random.Random(seed)
+        now = [Member(number, {one[0].field: one[0].draw(draw)}) for number in range(1, 13)]
+        for until in (8, 16, 24):
+            reached = {
+                member.number: Reached(draw.random(), SavedState("/s", f"{until}-{member.number}", until))
+                for member in now
+            }
+            now = next_generation(
+                now, reached, until, mode="max", dimensions=one, refusal=lambda values: None, seed=seed
+            )
+            assert len({(member.before.state, *member.values.values()) for member in now}) == len(now)
+            assert all(
+                [part.until for part in member.before.segments] == list(range(8, until + 1, 8)) for member in now
+            )
 
 
 def test_it_is_a_function_of_the_seed() -> None:
@@ -77,14 +106,17 @@ def test_values_lie_near_and_are_taken() -> None:
     found = [near(values, DIMENSIONS, lambda values: None, draw) for _ in range(200)]
     rates = {one["train.learning_rate"] for one in found}
     assert all(isinstance(rate, float) and 1e-4 <= rate <= 1e-2 for rate in rates)
-    assert {9e-3 * 0.8, 1e-2} <= rates and len(rates) > 10, "a factor, the end of the range, and now and then anew"
+    assert {9e-3 * 100**-0.1, 1e-2} <= rates and len(rates) > 10, (
+        "a tenth down, the end of the range, now and then anew"
+    )
     assert {one["vqvae.commitment_cost"] for one in found} == {1.0, 4.0, 16.0}
     assert all(one["train.learning_rate"] < 1e-3 for one in
                (near(values, DIMENSIONS, lambda new: "no" if new["train.learning_rate"] > 1e-3 else None, draw)
                 for _ in range(20)))  # fmt: skip
-    assert near(values, DIMENSIONS, lambda new: "none is taken", draw) == values
-    whole = Dimension("train.warmup_steps", "uniform", 2, 10, whole=True)
-    assert isinstance(near({whole.field: 5}, [whole], lambda values: None, draw)[whole.field], int)
+    assert near(values, DIMENSIONS, lambda new: "none is taken", draw) is None
+    narrow = Dimension("train.beta2", "uniform", 0.9, 0.999)
+    moved = {near({narrow.field: 0.95}, [narrow], lambda values: None, draw)[narrow.field] for _ in range(50)}  # type: ignore[index]
+    assert {0.9401, 0.9599} <= {round(value, 6) for value in moved}, "not from end to end"
 
 
 def test_a_lineage_is_part_of_the_recipe() -> None:

@@ -39,6 +39,9 @@ def test_runs_in_a_file_are_refused_on_a_cluster(four_nodes: list[str], tmp_path
 def test_runs_on_a_server_are_fine(four_nodes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     check(tmp_path, track=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "file:///runs")
+    with pytest.raises(InputError, match="found the file file:///runs"):
+        check(tmp_path, track=True)
 
 
 def test_one_node_may_have_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +52,9 @@ def test_one_node_may_have_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_a_root_that_not_all_nodes_see(four_nodes: list[str], tmp_path: Path) -> None:
     four_nodes.append("10.0.0.3")
-    with pytest.raises(InputError, match=r"not the same on 1 of 4 nodes \(10\.0\.0\.3\); give --root s3://"):
+    with pytest.raises(
+        InputError, match=r"not the same on 1 of the nodes that live \(10\.0\.0\.3\); give --root s3://"
+    ):
         check(tmp_path, track=False)
     assert not list(tmp_path.iterdir())
 

@@ -36,15 +36,21 @@ def test_a_server_that_is_down_for_a_minute(
     with log.open("w") as output:
         command = [sys.executable, str(ROOT / "pipelines" / "train_vqvae.py"), "--root", str(root), *options]
         process = subprocess.Popen(command, stdout=output, stderr=output, env=dict(os.environ))
-    wait(lambda: newest(root) is not None, process, log)
-    mlflow_server.stop()
-    begin = time.monotonic()
-    while time.monotonic() - begin < SECONDS_DOWN:
-        before = newest(root)
-        wait(lambda before=before: newest(root) > before, process, log, seconds=10)
-        time.sleep(5)
-    assert "tracking: the store does not answer" in log.read_text()
-    mlflow_server.start()
+    try:
+        wait(lambda: newest(root) is not None, process, log)
+        mlflow_server.stop()
+        begin = time.monotonic()
+        while time.monotonic() - begin < SECONDS_DOWN:
+            before = newest(root)
+            wait(lambda before=before: newest(root) > before, process, log, seconds=10)
+            time.sleep(5)
+        assert "tracking: the store does not answer" in log.read_text()
+    except BaseException:
+        process.kill()
+        raise
+    finally:  # others use it too
+        mlflow_server.stop()
+        mlflow_server.start()
     wait(lambda: "tracking: the store answers again" in log.read_text(), process, log, seconds=60)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143, log.read_text()

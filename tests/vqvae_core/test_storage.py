@@ -124,6 +124,39 @@ def test_a_store_that_is_away(seconds: float, survives: bool, monkeypatch: pytes
     assert [record.message[:42] for record in caplog.records] == ["the store does not answer, it is asked aga"]
 
 
+def test_other_failures_are_counted_apart_from_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.time, "sleep", lambda pause: None)
+    failures = [*[OSError("HTTP status 503")] * 20, OSError("5 of 10 bytes came"), None]
+
+    def action() -> str:
+        failure = failures.pop(0)
+        if failure:
+            raise failure
+        return "done"
+
+    assert storage.retry(action) == "done"
+    for text in ("HTTP status 501", "NETWORK_CONNECTION: curlCode: 60, no such certificate", "no such thing"):
+        tries: list[int] = []
+        with pytest.raises(OSError, match=text):
+            storage.retry(lambda text=text, tries=tries: tries.append(1) or (_ for _ in ()).throw(OSError(text)))
+        assert len(tries) == 6
+
+
+def test_a_read_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is opened and read in one request of three minutes' patience."""
+    now = [0.0]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(storage.time, "sleep", lambda pause: now.__setitem__(0, now[0] + pause))
+
+    def refused(self: Folder, name: str) -> None:
+        raise OSError("AWS Error SLOW_DOWN during GetObject")
+
+    monkeypatch.setattr(Folder, "_open", refused)
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        Folder("s3://bucket").read("name")
+    assert 180 <= now[0] < 190
+
+
 def test_leftovers_of_a_killed_writer_are_swept(tmp_path: Path) -> None:
     folder = Folder.of(tmp_path)
     folder.write("a/b", b"x")
