@@ -7,13 +7,16 @@ ROOT ?= runs/doom84
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo setup test test-fast lint clean
+.PHONY: demo setup test test-all test-fast lint clean
 
 demo: setup
 	$(BIN)/python pipelines/full.py --preset doom84 --root $(ROOT)
 
 test: .venv/.ready-test
 	$(BIN)/python -m pytest
+
+test-all: .venv/.ready-test
+	$(BIN)/python -m pytest -m ""
 
 test-fast: .venv/.ready-test
 	$(BIN)/python -m pytest -m "not slow"

@@ -391,6 +391,7 @@ def test_too_many_failures_end_with_the_last_error_and_keep_states(root: Path) -
     assert [point["step"] for point in history] == list(range(10, history[-1]["step"] + 10, 10))
 
 
+@pytest.mark.exhaustive
 def test_nodes_that_go_and_come(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every node that trains is killed once; as many ranks train as there is room for, and more again later."""
     cluster = LocalCluster(2)

@@ -185,7 +185,10 @@ def test_what_is_shown_is_made_again_alone(done: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", TRAININGS)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(name, marks=() if name.endswith("codes") else pytest.mark.exhaustive) for name in TRAININGS],
+)
 def test_a_killed_driver_goes_on_to_the_same_bytes(done: tuple[Path, str], tmp_path: Path, stage: str) -> None:
     """SIGKILL in a training of the first seed: every file is that of an uninterrupted run."""
     root, made = tmp_path / "root", artifacts(done[0])

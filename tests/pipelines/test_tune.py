@@ -321,24 +321,33 @@ def check_runs(root: Path, sweep: Artifact) -> None:
         assert runs[f"{name}{version}"] == trials[f"trial {sweep.facts['best_trial']}"]
 
 
+NINE = ("--trials", "9", "--concurrent", "1", "--train.validate-every", "8")
+
+
 @pytest.mark.slow
 def test_asha_stops_trials_early(tmp_path: Path) -> None:
     """Nine trials one after the other, rungs at 8 and 24 steps: some are stopped, their workers are given back, and
-    what came to its end is compared. Killed in the middle, it comes to the same."""
-    more = ("--trials", "9", "--concurrent", "1", "--train.validate-every", "8")
-    output = finished(start(tmp_path / "root", *more))
+    what came to its end is compared."""
+    output = finished(start(tmp_path / "root", *NINE))
     sweep = sweep_in(tmp_path / "root")
     found = json.loads(sweep.read("sweep.json"))["rows"][1:]
     states = [row["state"] for row in found]
     assert len(states) == 9 and set(states) == {"done", "stopped"}, output
     assert all(row["steps"] < 24 and row["model"] is None for row in found if row["state"] == "stopped")
     assert output.count(" is stopped after ") == states.count("stopped")
-    process = start(tmp_path / "other", *more)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_asha_decides_the_same_after_a_kill(tmp_path: Path) -> None:
+    finished(start(tmp_path / "root", *NINE))
+    found = json.loads(sweep_in(tmp_path / "root").read("sweep.json"))["rows"][1:]
+    process = start(tmp_path / "other", *NINE)
     wait_for_line(process, "tune: trial 5 of 9: ")
     process.kill()
     process.wait()
     time.sleep(1)
-    output = finished(start(tmp_path / "other", *more))
+    output = finished(start(tmp_path / "other", *NINE))
     without = json.loads(sweep_in(tmp_path / "other").read("sweep.json"))["rows"][1:]
     same = ("trial", "values", "steps", "objective", "state")
     assert [[row[name] for name in same] for row in without] == [[row[name] for name in same] for row in found], output
