@@ -177,10 +177,10 @@ class Session:
         return max(1 + len(self._autoscaled()), len(self._alive()))
 
     def pool(self, name: str) -> dict[str, Any]:
-        """Options of a task or actor that belongs on nodes with the label pool=name, while one of them lives; none
-        where there is no such node, as on one machine."""
+        """The option of a task or actor that belongs on nodes with the label pool=name; none where no such node lives,
+        as on one machine. (With Ray's fallback_strategy it would go elsewhere whenever these are busy.)"""
         there = any(node.get("Labels", {}).get("pool") == name for node in self._alive())
-        return {"label_selector": {"pool": name}, "fallback_strategy": [{"label_selector": {}}]} if there else {}
+        return {"label_selector": {"pool": name}} if there else {}
 
     def nodes_without(self, path: str) -> list[str]:
         """Addresses of the nodes that live and on which there is no such file; without those that do not answer."""

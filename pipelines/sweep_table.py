@@ -80,7 +80,10 @@ def parallel_coordinates(rows: Sequence[Row], dimensions: Sequence[Dimension], o
     for number, one in enumerate(dimensions):
         axes.axvline(number, color="0.75", linewidth=0.8, zorder=0)
         for text, height in _ticks(one):
-            axes.annotate(text, (number, height), xytext=(4, 0), textcoords="offset points", fontsize=7, va="center")
+            axes.annotate(
+                text, (number, height), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center", zorder=5,
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+            )  # fmt: skip
     axes.axvline(len(dimensions), color="0.75", linewidth=0.8, zorder=0)
     for value, height in ((low, 0.0), (high, 1.0)):
         axes.annotate(f"{value:.3f}", (len(dimensions), height), xytext=(4, 0), textcoords="offset points", fontsize=7,

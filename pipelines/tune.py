@@ -516,21 +516,24 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 def _page(preset: str, pipeline: Pipeline, sweep: Artifact, seconds: float) -> bytes:
     facts = sweep.facts
     rows = json.loads(sweep.read(JSON))
+    fields = list(rows["rows"][0]["values"])
     lines = [
-        f"<tr><td>{row['trial']}</td><td>{', '.join(f'{name}={value}' for name, value in row['values'].items())}</td>"
+        f"<tr><td>{row['trial']}</td>"
+        f"{''.join(f'<td class=number>{short(value)}</td>' for value in row['values'].values())}"
         f"<td class=number>{row['steps']:,}</td>"
         f"<td class=number>{'-' if row['objective'] is None else format(row['objective'], '.4f')}</td>"
         f"<td>{row['state']}</td></tr>"
         for row in rows["rows"]
     ]
-    head = f"<tr><th>Trial</th><th>Values</th><th>Steps</th><th>{rows['objective']}</th><th></th></tr>"
+    names = "".join(f"<th>{one.rpartition('.')[2].replace('_', ' ')}</th>" for one in fields)
+    head = f"<tr><th>Trial</th>{names}<th>Steps</th><th>{rows['objective']}</th><th></th></tr>"
     return page(
         f"{preset}: sweep",
         [
             f"<p class=lead>{facts['trials']} trials, {facts['trials_done']} to the end. The best has "
             f"{facts['best']:.4f}, the preset as it is {facts['default']:.4f}. This run took {seconds:.0f} s.</p>",
             picture(sweep, PICTURE, "A line a trial: its values from left to right, and what came of them. Trials that "
-                    "were stopped early are dashed; the preset as it is is black."),
+                    "were stopped early are dotted; the preset as it is is black."),
             f"<table>{head}{''.join(lines)}</table>",
             f"<ul>{''.join(f'<li>{move}</li>' for move in rows.get('moves', []))}</ul>",
             "<h2>Stages</h2>",
