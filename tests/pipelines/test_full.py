@@ -338,7 +338,7 @@ KILLS = {
 
 
 # The others are exhaustive: a job on several nodes loses one in each stage too.
-KILLED = ("reading", "train_vqvae", "tokenize", "sample")
+KILLED = ("reading", "train_vqvae", "tokenize")
 
 
 @pytest.mark.parametrize(

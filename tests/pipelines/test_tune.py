@@ -321,18 +321,18 @@ def check_runs(root: Path, sweep: Artifact) -> None:
         assert runs[f"{name}{version}"] == trials[f"trial {sweep.facts['best_trial']}"]
 
 
-NINE = ("--trials", "9", "--concurrent", "1", "--train.validate-every", "8")
+SIX = ("--trials", "6", "--concurrent", "1", "--train.validate-every", "8")
 
 
 @pytest.mark.slow
 def test_asha_stops_trials_early(tmp_path: Path) -> None:
-    """Nine trials one after the other, rungs at 8 and 24 steps: some are stopped, their workers are given back, and
+    """Six trials one after the other, rungs at 8 and 24 steps: some are stopped, their workers are given back, and
     what came to its end is compared."""
-    output = finished(start(tmp_path / "root", *NINE))
+    output = finished(start(tmp_path / "root", *SIX))
     sweep = sweep_in(tmp_path / "root")
     found = json.loads(sweep.read("sweep.json"))["rows"][1:]
     states = [row["state"] for row in found]
-    assert len(states) == 9 and set(states) == {"done", "stopped"}, output
+    assert len(states) == 6 and set(states) == {"done", "stopped"}, output
     assert all(row["steps"] < 24 and row["model"] is None for row in found if row["state"] == "stopped")
     assert output.count(" is stopped after ") == states.count("stopped")
 
@@ -340,20 +340,21 @@ def test_asha_stops_trials_early(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_asha_decides_the_same_after_a_kill(tmp_path: Path) -> None:
-    finished(start(tmp_path / "root", *NINE))
+    finished(start(tmp_path / "root", *SIX))
     found = json.loads(sweep_in(tmp_path / "root").read("sweep.json"))["rows"][1:]
-    process = start(tmp_path / "other", *NINE)
-    wait_for_line(process, "tune: trial 5 of 9: ")
+    process = start(tmp_path / "other", *SIX)
+    wait_for_line(process, "tune: trial 4 of 6: ")
     process.kill()
     process.wait()
     time.sleep(1)
-    output = finished(start(tmp_path / "other", *NINE))
+    output = finished(start(tmp_path / "other", *SIX))
     without = json.loads(sweep_in(tmp_path / "other").read("sweep.json"))["rows"][1:]
     same = ("trial", "values", "steps", "objective", "state")
     assert [[row[name] for name in same] for row in without] == [[row[name] for name in same] for row in found], output
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_optuna_draws_within_the_space(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     finished(start(tmp_path / "root", "--searcher", "optuna", "--scheduler", "none", "--concurrent", "1"))
@@ -364,6 +365,7 @@ def test_optuna_draws_within_the_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_trial_that_diverges_is_the_worst(tmp_path: Path) -> None:
     """A learning rate of 1e30 is no failure of the sweep."""
     more = ("--search", "train.learning-rate=choice:1e-3,1e30", "--trials", "2", "--scheduler", "none")
