@@ -1,10 +1,11 @@
 """What a data set costs in memory on a cluster: the objects in Ray's stores, and the driver.
 
-    python -m benchmarks.cluster_memory            # 2,048 images, then ten times as many
-    python -m benchmarks.cluster_memory --quick    # 512 images, then ten times as many
+    python -m benchmarks.cluster_memory            # 512 shards, then ten times as many
+    python -m benchmarks.cluster_memory --quick    # 128 shards, then ten times as many: does it run?
 
-Pictures of 84x84 in class folders are sharded to 64x64 and tokenized on a local cluster of a head and three nodes, each
-amount by a driver of its own. Bytes in the object stores of all nodes are looked at ten times a second; a driver's
+Pictures of 84x84 in class folders are sharded to 64x64, four a shard, and tokenized on a local cluster of a head and
+three nodes, each amount by a driver of its own. Ray is given work by waves of at least 512 shards: below that the stores hold
+more with more shards. Bytes in the object stores of all nodes are looked at ten times a second; a driver's
 memory is its own peak in each stage. Bars: with ten times the data the stores hold at most twice as much at their peak
 (less than a MiB counts as one), and the driver at most 2 kB more for each image more.
 """
@@ -26,7 +27,7 @@ from benchmarks.tokenize import frames, make_model
 from cluster.local import LocalCluster
 from vqvae_core.storage import Folder
 
-CLASSES, IMAGES, QUICK, TIMES, NODES = 8, 2048, 512, 10, 3
+CLASSES, PER_SHARD, SHARDS, QUICK, TIMES, NODES = 8, 4, 512, 128, 10, 3
 STAGES = ("shard", "tokenize")
 
 
@@ -87,7 +88,7 @@ def drive(pictures: str, model: str, root: str) -> dict[str, dict[str, int]]:
     session.connect()
     try:
         with Peaks(session) as sharding:
-            config = ShardConfig(image_size=64, images_per_shard=128)
+            config = ShardConfig(image_size=64, images_per_shard=PER_SHARD)
             images = shard(pipeline, ClassFoldersSource(path=pictures), config)
         with Peaks(session) as tokenizing:
             tokenize_images(pipeline, images, Artifact.open(Folder(model)))
@@ -105,7 +106,7 @@ def main() -> int:
     if options.drive:
         print(json.dumps(drive(*options.drive)))
         return 0
-    small = QUICK if options.quick else IMAGES
+    small = PER_SHARD * (QUICK if options.quick else SHARDS)
     found: dict[int, dict[str, dict[str, int]]] = {}
     with tempfile.TemporaryDirectory() as place:
         make_model(Folder.of(Path(place) / "model"), "bf16")
@@ -129,7 +130,7 @@ def main() -> int:
         driver = (many[stage]["driver"] - few[stage]["driver"]) / ((TIMES - 1) * small)
         bars.append(Bar(f"{stage}_times_object_store", stores, 2.0, at_most=True))
         bars.append(Bar(f"{stage}_driver_bytes_an_image", driver, 2048.0, at_most=True))
-    settings = {"images": [small, TIMES * small], "nodes": NODES, "images_per_shard": 128}
+    settings = {"images": [small, TIMES * small], "nodes": NODES, "images_per_shard": PER_SHARD}
     return report("cluster_memory", settings, bars, {"peak_bytes": {str(count): found[count] for count in found}})
 
 
