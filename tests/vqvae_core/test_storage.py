@@ -1,5 +1,6 @@
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,17 +83,21 @@ def test_no_ending_makes_a_store_compress(s3_bucket: str) -> None:
         assert folder.read(name, 8, 16) == b"as it isas it is"
 
 
-def test_a_request_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
-    failures = [OSError("reset"), OSError("503"), None]
+def failing(*failures: OSError) -> Callable[[], str]:
+    """What fails in these ways, one after the other, before it is done."""
+    left = list(failures)
 
     def action() -> str:
-        failure = failures.pop(0)
-        if failure:
-            raise failure
+        if left:
+            raise left.pop(0)
         return "done"
 
-    assert storage.retry(action) == "done"
+    return action
+
+
+def test_a_request_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    assert storage.retry(failing(OSError("reset"), OSError("503"))) == "done"
     with pytest.raises(OSError, match="always"):
         storage.retry(lambda: (_ for _ in ()).throw(OSError("always")), attempts=3)
     tries = []
@@ -126,15 +131,8 @@ def test_a_store_that_is_away(seconds: float, survives: bool, monkeypatch: pytes
 
 def test_other_failures_are_counted_apart_from_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage.time, "sleep", lambda pause: None)
-    failures = [*[OSError("HTTP status 503")] * 20, OSError("5 of 10 bytes came"), None]
-
-    def action() -> str:
-        failure = failures.pop(0)
-        if failure:
-            raise failure
-        return "done"
-
-    assert storage.retry(action) == "done"
+    away = [OSError("HTTP status 503")] * 20
+    assert storage.retry(failing(*away, OSError("5 of 10 bytes came"))) == "done"
     for text in ("HTTP status 501", "NETWORK_CONNECTION: curlCode: 60, no such certificate", "no such thing"):
         tries: list[int] = []
         with pytest.raises(OSError, match=text):
