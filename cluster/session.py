@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # Ray Data gives these names
@@ -36,6 +36,8 @@ class Session:
         self._ray: Any = None
         self._owner = False
         self._open: list[Any] = []
+        self.once_connected: Callable[[], None] | None = None
+        """Called by the first use of Ray: what must hold of a cluster before it is given work."""
 
     @property
     def alone(self) -> bool:
@@ -70,6 +72,8 @@ class Session:
                 if self.alone:
                     self._end_idle_processes()
             self._ray = ray
+            if self.once_connected is not None:
+                self.once_connected()
         return self._ray
 
     @staticmethod

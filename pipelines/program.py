@@ -51,10 +51,10 @@ def conduct(
         identity["program"], name = program, f"{options.preset}: {program}"
     tracker = Tracker(root, name, resolved, hash_json(identity), enabled=options.track)
     session = Session()
+    session.once_connected = lambda: check_cluster(session, root, tracker)
     pipeline = Pipeline(root, config.resources, session, tracker, resolved)
     status, written = "FAILED", None
     try:
-        check_cluster(session, root, tracker)
         tracker.start()
         make_page = stages(pipeline, config)
         if make_page is not None:

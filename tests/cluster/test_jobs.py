@@ -59,11 +59,11 @@ def contents(root: Folder) -> dict[str, str]:
     return found
 
 
-def runs(root: str) -> dict[str, tuple[str, list[str]]]:
+def runs(server: MlflowServer, root: str) -> dict[str, tuple[str, list[str]]]:
     """Name of each run that the server has of a root to its status and its files."""
     from mlflow import MlflowClient
 
-    client, found = MlflowClient(), {}
+    client, found = MlflowClient(server.uri, server.uri), {}  # whatever this process used before
     experiment = client.get_experiment_by_name("vqvae-pipeline")
     assert experiment is not None
     (parent,) = client.search_runs([experiment.experiment_id], f"tags.`pipeline.root` = '{root}'")
@@ -113,9 +113,11 @@ def test_a_job_makes_what_one_machine_makes(
     assert contents(Folder.of(root)) == alone
     for name, value in mlflow_server.client.items():
         monkeypatch.setenv(name, value)
-    assert {name: status for name, (status, _) in runs(root).items()} == dict.fromkeys([*STAGES, "smoke"], "FINISHED")
+    assert {name: status for name, (status, _) in runs(mlflow_server, root).items()} == dict.fromkeys(
+        [*STAGES, "smoke"], "FINISHED"
+    )
     assert {"model/model.safetensors", "samples.png", "report.html"} <= {
-        path for _, paths in runs(root).values() for path in paths
+        path for _, paths in runs(mlflow_server, root).values() for path in paths
     }
     again = submit(cluster, "second", "--root", root, *OPTIONS)
     output = said(again)

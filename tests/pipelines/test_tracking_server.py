@@ -60,7 +60,7 @@ def test_a_server_that_is_down_for_a_minute(
     assert found is not None
     history = json.loads(found.read_text())["history"]
     assert len(history) > SECONDS_DOWN
-    client = MlflowClient()
+    client = MlflowClient(mlflow_server.uri, mlflow_server.uri)  # whatever this process used before
     experiment = client.get_experiment_by_name("vqvae-pipeline")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], "tags.`stage.name` = 'train_vqvae'")
