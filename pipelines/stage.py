@@ -1,5 +1,8 @@
 """How a stage becomes an artifact: reuse by fingerprint, fan-out over Ray Data, sidecars, and the commit."""
 
+import contextlib
+import ctypes
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -7,13 +10,14 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,9 +28,12 @@ from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit, hash_jso
 from vqvae_core.errors import InputError, StoppedError
 from vqvae_core.storage import Folder, StorageError, concurrently
 
+T = TypeVar("T")
 _ENCODERS_PER_NODE = 8
 _ENCODER_DEATHS = 3  # of a wave
-_ENCODER_WAVE = 4096  # shards: some seconds to start encoders beside an hour of work
+_WAVE = 512  # tasks or shards, at least
+_WAVE_A_CPU = 32  # the end of a wave, where CPUs wait, is short beside it
+_WAVE_AN_ENCODER = 128  # shards: some seconds to start encoders beside minutes of work
 _WORKER_DEATHS = 10  # of one task, lost nodes among them: an image that kills its worker must not do so for ever
 _SIDECARS = 1024  # read together
 _PACKAGES = ("torch", "ray", "numpy", "pyarrow", "pillow", "safetensors", "simplejpeg", "mlflow", "vizdoom")
@@ -234,20 +241,27 @@ def fan_out(
     Jobs are taken in waves, so that they may be made while earlier ones run and need not fit in memory together. Jobs
     and results are JSON. An `InputError` of a task is raised here, not as Ray's.
     """
-    for wave in _waves(session, (json.dumps(job) for job in jobs)):
+    for wave in _waves((json.dumps(job) for job in jobs), lambda: max(_WAVE, _WAVE_A_CPU * session.num_cpus())):
         yield from _fan_out(session, task, wave)
 
 
-def _waves(session: Session, jobs: Iterable[str]) -> Iterator[list[str]]:
-    """Jobs (JSON) by some dozens for each CPU: enough that the end of a wave, where CPUs wait, is short beside it."""
+def _waves(jobs: Iterable[T], size: Callable[[], int]) -> Iterator[list[T]]:
+    """Jobs by so many; size is asked for where there is a job. What Ray Data keeps of a wave ends with it."""
     waiting = iter(jobs)
-    first = list(itertools.islice(waiting, 1))
-    if not first:
-        return
-    size = max(512, 32 * session.num_cpus())
-    while wave := [*first, *itertools.islice(waiting, size - len(first))]:
-        first = []
+    wave = list(itertools.islice(waiting, 1))
+    most = size() if wave else 0
+    while wave := [*wave, *itertools.islice(waiting, most - len(wave))]:
         yield wave
+        wave = []
+        _let_go()
+
+
+def _let_go() -> None:
+    """Give back what a wave leaves. Ray Data's objects refer to each other in circles: what they hold in the stores
+    lives until Python looks for such. And glibc keeps what many threads freed, 10 kB a task, unless it is asked."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fan_out(
@@ -378,8 +392,11 @@ def encode_shards(
     results have "error", "" where all is well. Where an encoder dies, what is left is handed out again. Jobs are taken
     in waves, each with encoders of its own: Ray Data plans all that it is given before it begins.
     """
-    waiting = iter(jobs)
-    while wave := list(itertools.islice(waiting, _ENCODER_WAVE)):
+
+    def size() -> int:
+        return max(_WAVE, _WAVE_AN_ENCODER * _encoders(session, resources, sys.maxsize)[0])
+
+    for wave in _waves(jobs, size):
         yield from _encode_wave(session, read, encoder, wave, resources)
 
 

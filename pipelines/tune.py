@@ -18,28 +18,26 @@ run. The same command again goes on where it stopped.
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
 import os
-import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from cluster.session import ResourceError
 from pipelines import cli
 from pipelines.config import PipelineConfig, config_to_manifest
 from pipelines.objective import OBJECTIVES, Objective, history_of, train_for
-from pipelines.population import MAY_CHANGE, Member, Reached, ends, next_generation
-from pipelines.program import conduct, resolve
+from pipelines.population import Member, Reached, ends, next_generation
+from pipelines.program import conduct
 from pipelines.report import page, picture, stage_table
-from pipelines.search_space import Dimension, Value, parse_all, with_values
+from pipelines.search_space import Value
 from pipelines.shard import shard
 from pipelines.stage import Made, NotMadeError, Pipeline, Workspace
+from pipelines.sweep_options import OPTIONS, Sweep, read_options
 from pipelines.sweep_record import FAILED, Record, Shared, short
 from pipelines.sweep_table import CSV, JSON, MARKDOWN, PICTURE, PRESET, Row, csv_of, markdown, parallel_coordinates
 from pipelines.tokenize_images import tokenize_images
@@ -49,70 +47,20 @@ from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder
-from vqvae_core.train_config import TrainConfig
 
 VERSION = 1
 KIND = "Sweep"
 REPORT = "sweep.html"
-_OPTIONS = (
-    "--search", "--objective", "--trials", "--scheduler", "--generations", "--searcher", "--seed", "--concurrent",
-)  # fmt: skip
-_CHOICES = {"--scheduler": ("asha", "pbt", "none"), "--searcher": ("random", "optuna")}
 _REDUCTION = 3  # of ASHA: a third of the trials goes on at each rung
-_DRAWS = 100  # tries for each trial
 _TRIAL_BYTES = 512 * 2**20  # of an actor that waits for its training; CPUs belong to the training's workers
 _BEST, _RAY = "best", "ray"
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep varies and how. generations: of population based training, else 1. concurrent: None for as many
-    trials as there is room for; never part of its recipe."""
-
-    dimensions: list[Dimension]
-    objective: str
-    trials: int
-    scheduler: str
-    generations: int
-    searcher: str
-    seed: int
-    concurrent: int | None
-
-    def draws(self, config: PipelineConfig) -> list[dict[str, Value]]:
-        """The values of each trial, drawn at random: no two trials have the same, and the config takes all of them.
-        Raises `InputError` where there are not so many."""
-        generator, found = random.Random(self.seed), []  # noqa: S311
-        reason = "each draw was there before"
-        for _ in range(_DRAWS * self.trials):
-            draw = {one.field: one.draw(generator) for one in self.dimensions}
-            refusal = None if draw in found else self.refusal(config, draw)
-            if draw not in found and refusal is None:
-                found.append(draw)
-            reason = refusal or reason
-            if len(found) == self.trials:
-                return found
-        raise InputError(
-            f"expected {self.trials} different trials in this search space, found {len(found)} ({reason}); lower "
-            "--trials or widen --search"
-        )
-
-    def refusal(self, config: PipelineConfig, values: dict[str, Value]) -> str | None:
-        """Why no trial can have these values."""
-        try:
-            found = resolve(with_values(config, values))
-            found.augment.size(found.shard.image_size)
-        except InputError as error:
-            return str(error)
-        if self.objective == "bits_per_dim" and found.vqvae.likelihood.kind == "density":
-            return "a density has no bits"
-        return None
 
 
 def main(arguments: list[str]) -> None:
     if "-h" in arguments or "--help" in arguments:
         print(__doc__)
-    options = cli.parse(arguments, "doom84", program="tune.py", more=_OPTIONS)
-    sweep = _sweep(options.more, options.config)
+    options = cli.parse(arguments, "doom84", program="tune.py", more=OPTIONS)
+    sweep = read_options(options.more, options.config)
     found: list[Artifact] = []
 
     def stages(pipeline: Pipeline, config: PipelineConfig) -> Callable[[float], bytes]:
@@ -137,88 +85,6 @@ def main(arguments: list[str]) -> None:
 
 def _as_options(values: Mapping[str, Value]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
-
-
-def _sweep(given: Mapping[str, str], config: PipelineConfig) -> Sweep:
-    """Raises `InputError` for anything that does not fit."""
-    if "--search" not in given:
-        raise InputError(
-            'expected fields to search over, found none; give --search "train.learning-rate=log:1e-4..1e-2"'
-        )
-    name = given.get("--objective", "psnr")
-    if name not in OBJECTIVES:
-        raise InputError(f"expected --objective to be one of {', '.join(OBJECTIVES)}, found {name!r}")
-    objective = OBJECTIVES[name]
-    dimensions = parse_all(given["--search"].split(), config)
-    for one in dimensions:
-        if one.field.split(".")[0] not in objective.parts:
-            parts = ", ".join(part.replace("_", "-") for part in objective.parts)
-            raise InputError(
-                f"expected fields of {parts}, which {name} depends on, found {one.field.replace('_', '-')}"
-            )
-        if one.field.partition(".")[2] in ("steps", "patience", "validate_every", "validation_images"):
-            raise InputError(
-                f"expected the same budget and the same measure for all trials, found {one.field.replace('_', '-')} "
-                "to search over; give it once, as an option"
-            )
-    if name == "bits_per_dim" and config.vqvae.likelihood.kind == "density":  # of the preset, which is compared
-        raise InputError(
-            "expected a likelihood with bits for the objective bits_per_dim, found a density; give "
-            "--vqvae.likelihood.kind logistic, gaussian or categorical, or --objective psnr"
-        )
-    for option, choices in _CHOICES.items():
-        if given.get(option, choices[0]) not in choices:
-            raise InputError(f"expected {option} to be one of {', '.join(choices)}, found {given[option]!r}")
-    searcher = given.get("--searcher", "random")
-    if searcher == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise InputError(
-            "expected the package optuna for --searcher optuna, found none; pip install 'vqvae-pipeline[tune]', or "
-            "leave it out"
-        )
-    scheduler, generations = given.get("--scheduler", "asha"), 1
-    if scheduler == "pbt":
-        generations = _whole(given, "--generations", 4, 2)
-        _check_population(dimensions, searcher, generations, getattr(config, objective.schedule))
-    elif "--generations" in given:
-        raise InputError(f"expected --generations with --scheduler pbt only, found the scheduler {scheduler}")
-    sweep = Sweep(
-        dimensions=dimensions,
-        objective=name,
-        trials=_whole(given, "--trials", 12, 2 if scheduler == "pbt" else 1),
-        scheduler=scheduler,
-        generations=generations,
-        searcher=searcher,
-        seed=_whole(given, "--seed", 0, 0),
-        concurrent=_whole(given, "--concurrent", 1, 1) if "--concurrent" in given else None,
-    )
-    sweep.draws(config)
-    return sweep
-
-
-def _check_population(dimensions: list[Dimension], searcher: str, generations: int, schedule: TrainConfig) -> None:
-    if searcher != "random":
-        raise InputError(f"expected --searcher random with --scheduler pbt, found {searcher}")
-    for one in dimensions:
-        if one.field not in MAY_CHANGE:
-            fields = ", ".join(name.replace("_", "-") for name in MAY_CHANGE)
-            raise InputError(
-                f"expected fields that may change in the middle of a training ({fields}) for --scheduler pbt, found "
-                f"{one.field.replace('_', '-')}; search over it with asha or none"
-            )
-    if generations > schedule.steps:
-        raise InputError(f"expected at most {schedule.steps} generations, one a step, found {generations}")
-    if schedule.patience is not None:
-        raise InputError(
-            f"expected no patience with --scheduler pbt, which has all train for as long, found {schedule.patience}; "
-            "give --train.patience None (or --train-prior.patience None)"
-        )
-
-
-def _whole(given: Mapping[str, str], option: str, default: int, least: int) -> int:
-    text = given.get(option, str(default))
-    if not text.isdigit() or int(text) < least:
-        raise InputError(f"expected {option} to be a whole number of at least {least}, found {text!r}")
-    return int(text)
 
 
 def _stages(pipeline: Pipeline, config: PipelineConfig, sweep: Sweep) -> Artifact:

@@ -1,8 +1,10 @@
 """Reading and encoding: by the same actors on CPUs, by tasks and actors where there is a GPU; deaths included."""
 
+import gc
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from cluster.session import Session
 from pipelines import stage
 from pipelines.config import Resources
-from pipelines.stage import encode_shards
+from pipelines.stage import encode_shards, fan_out
 from vqvae_core.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -63,8 +65,9 @@ def test_every_shard_is_read_and_encoded_once(
 
 
 def test_shards_come_in_waves(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there are, Ray Data is given some thousands at a time, and jobs are made as they are needed."""
-    monkeypatch.setattr(stage, "_ENCODER_WAVE", 3)
+    """However many there are, Ray Data is given so many at a time, and jobs are made as they are needed."""
+    monkeypatch.setattr(stage, "_WAVE", 3)
+    monkeypatch.setattr(stage, "_WAVE_AN_ENCODER", 1)
     asked: list[str] = []
 
     def one_by_one() -> Iterator[dict[str, Any]]:
@@ -76,6 +79,24 @@ def test_shards_come_in_waves(session: Session, monkeypatch: pytest.MonkeyPatch)
     first = next(found)
     assert asked == ["s0", "s1", "s2"]
     assert sorted(row["name"] for row in [first, *found]) == [f"s{number}" for number in range(7)]
+
+
+def test_the_store_holds_one_wave(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a wave put into the object stores is given back by its end, however many waves there are."""
+    monkeypatch.setattr(stage, "_WAVE", 16)
+    monkeypatch.setattr(stage, "_WAVE_A_CPU", 1)
+    size = 16 * 10_000
+    gc.disable()  # it would hide what is not given back, now and then
+    try:
+        for number, _ in enumerate(fan_out(session, dict, ({"pad": "x" * 10_000} for _ in range(48)))):
+            if number % 16 == 15:
+                assert session.object_store_bytes() >= size, "a wave lies in the store"
+                begin = time.monotonic()
+                while session.object_store_bytes() >= 2 * size:  # Ray frees once a second
+                    assert time.monotonic() - begin < 10, "an earlier wave is still there"
+                    time.sleep(0.1)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("use_gpu", [False, True])

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import tune
 from pipelines.objective import OBJECTIVES
 from pipelines.presets import PRESETS
 from pipelines.search_space import parse_all
+from pipelines.sweep_options import Sweep, read_options
 from pipelines.sweep_table import csv_of, markdown, parallel_coordinates, place
 from tests.pipelines.test_cli import ROOT
 from vqvae_core.artifacts import Artifact
@@ -32,8 +32,8 @@ SMOKE = PRESETS["smoke"][0]
 SPACE = ["train.learning-rate=log:1e-4..1e-2", "vqvae.quantizer.num-codes=choice:16,32,64"]
 
 
-def sweep_of(*arguments: str, config=SMOKE) -> tune.Sweep:
-    return tune._sweep(dict(zip(arguments[::2], arguments[1::2], strict=True)), config)
+def sweep_of(*arguments: str, config=SMOKE) -> Sweep:
+    return read_options(dict(zip(arguments[::2], arguments[1::2], strict=True)), config)
 
 
 @pytest.mark.parametrize(
