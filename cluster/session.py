@@ -117,9 +117,8 @@ class Session:
             """Workers with so many CPUs that there is room for: each lies on one node."""
             return sum(min(cpus // each, gpus if use_gpu else cpus) for cpus, gpus in nodes)
 
-        each = cpus_per_worker or next(
-            (each for each in range(max(1, cpus // num_workers), 0, -1) if room(each) >= num_workers), 1
-        )
+        count = max(needed, min(num_workers, room(1)))  # that there can be
+        each = cpus_per_worker or next((each for each in range(max(1, cpus // count), 0, -1) if room(each) >= count), 1)
         if room(each) < needed:
             kind = f"{each} CPUs and a GPU" if use_gpu else f"{each} CPUs"
             found = ", ".join(f"{cpus} CPUs" + (f" and {gpus} GPUs" if use_gpu else "") for cpus, gpus in nodes)
@@ -216,7 +215,7 @@ class Session:
         return max(1, sum(cpus for cpus, _ in self._nodes()))
 
     def cpus_of_largest_node(self) -> int:
-        """No task or actor can have more."""
+        """No task or actor can have more. One that needs a GPU too may find less: `check` says how much."""
         return max(cpus for cpus, _ in self._nodes())
 
     def address(self) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.cluster_check import check_source
 from pipelines.config import recipe_of
 from pipelines.progress import Progress
 from pipelines.sources import SOURCES, AnySource
@@ -91,6 +92,7 @@ def source_from_json(values: dict[str, Any]) -> AnySource:
 
 
 def _build(pipeline: Pipeline, source: AnySource, space: Workspace) -> Made:
+    check_source(pipeline.session, source)
     parts = source.parts()
     spec = {"folder": space.folder.uri, "work": space.work, "source": source_to_json(source)}
     batches = [parts[start : start + _PARTS_PER_FILE] for start in range(0, len(parts), _PARTS_PER_FILE)]

@@ -2,7 +2,7 @@
 for a sweep that goes on. (Ray's own wrapper of Optuna repeats values, and then two trials would train one model.)"""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -16,19 +16,20 @@ _DRAWS = 100  # tries for a trial
 
 
 class OptunaSearch(Searcher):
-    """refusal: why no trial can have some values, None where one can. known: values of the trials of earlier runs."""
+    """refusal: why no trial can have some values, None where one can. known: values of the trials of earlier runs,
+    by number. is_exhausted: there were no other values any more."""
 
     def __init__(
         self,
         dimensions: Sequence[Dimension],
         refusal: Callable[[dict[str, Value]], str | None],
         seed: int,
-        known: Sequence[dict[str, Value]],
+        known: Mapping[int, dict[str, Value]],
     ) -> None:
         super().__init__()
         self._dimensions, self._space = dimensions, {one.field: distribution(one) for one in dimensions}
         self._refusal, self._seed, self._generator = refusal, seed, random.Random(seed)  # noqa: S311
-        self._known, self._seen = list(known), []
+        self._known, self._seen, self.is_exhausted = dict(known), list[dict[str, Value]](), False
         self._study: Any = None
         self._asked: dict[str, Any] = {}
 
@@ -38,22 +39,24 @@ class OptunaSearch(Searcher):
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             sampler = optuna.samplers.TPESampler(seed=self._seed)
             self._study = optuna.create_study(direction="maximize" if mode == "max" else "minimize", sampler=sampler)
-            for values in self._known:
-                self._study.enqueue_trial(values)
         return True
 
     def suggest(self, trial_id: str) -> Any:
+        known = self._known.pop(len(self._seen) + 1, None)
+        if known is not None:
+            self._study.enqueue_trial(known)
         for number in range(2 * _DRAWS):
             if number >= _DRAWS:  # the sampler only repeats itself: any others
                 self._study.enqueue_trial({one.field: one.draw(self._generator) for one in self._dimensions})
             asked = self._study.ask(self._space)
             values = dict(asked.params)
-            if values in self._seen or self._refusal(values) is not None:
+            if values in self._seen or values in self._known.values() or self._refusal(values) is not None:
                 self._study.tell(asked, state=TrialState.FAIL)
                 continue
             self._seen.append(values)
             self._asked[trial_id] = asked
             return {"trial": {"number": len(self._seen), "values": values}}
+        self.is_exhausted = True
         return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cluster.session import Session
 from pipelines import cli
+from pipelines.cluster_check import check_cluster
 from pipelines.config import PipelineConfig, config_to_manifest
 from pipelines.preflight import check_place
 from pipelines.stage import Pipeline
@@ -73,32 +73,6 @@ def conduct(
             else:
                 tracker.close()
     return pipeline, _summary(pipeline, time.monotonic() - begin, written)
-
-
-def check_cluster(session: Session, root: Folder, tracker: Tracker) -> None:
-    """Check that what has to be one for all nodes of a cluster is: the root, and the store of runs. Raises
-    `InputError`."""
-    nodes = session.num_nodes()
-    if nodes == 1:
-        return
-    if tracker.is_file or tracker.uri.startswith(("file:", "/", ".")):
-        raise InputError(
-            f"expected a server for runs, since the cluster has {nodes} nodes, found the file {tracker.place}; set "
-            "MLFLOW_TRACKING_URI to a server (docs/cluster.md starts one), or give --no-track"
-        )
-    if root.is_local:
-        name = f".seen-{uuid.uuid4().hex[:12]}"
-        root.write(name, b"")
-        try:
-            blind = session.nodes_without(root.path(name))
-        finally:
-            root.delete(name)
-        if blind:
-            raise InputError(
-                f"expected a root that all nodes of the cluster see, found {root.uri}, which is not the same on "
-                f"{len(blind)} of the nodes that live ({', '.join(blind)}); give --root s3://..., or a folder that "
-                "they share"
-            )
 
 
 def resolve(config: PipelineConfig, names: Sequence[str] = _SCHEDULES) -> PipelineConfig:

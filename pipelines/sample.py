@@ -21,9 +21,9 @@ import torch
 
 from cluster.session import ResourceError, Session
 from pipelines import ray_train
+from pipelines.cluster_check import check_cluster
 from pipelines.config import Resources, SampleConfig, recipe_of
 from pipelines.preflight import check_place
-from pipelines.program import check_cluster
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from pipelines.tokenize_images import encoded

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.cluster_check import check_source
 from pipelines.config import ShardConfig, recipe_of
 from pipelines.data_report import REPORT, SHEET, DataReport, Origin, contact_sheet, summarize
 from pipelines.index import (
@@ -119,6 +120,7 @@ class _Build:
                 f"expected images to train on, the source has {int(self._index.counts().sum())} images and none in "
                 "the train split"
             )
+        check_source(self._session, self._source)
         # Shards one by one and never all of them: there may be millions.
         done = space.finished_parts(shard.name for shard in self._shards())
         num_missing = sum(shard.count for shard, there in zip(self._shards(), done, strict=True) if not there)

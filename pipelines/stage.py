@@ -471,10 +471,14 @@ def _encode_shards(
 def _encoders(session: Session, resources: Resources, num_jobs: int) -> tuple[int, int]:
     """How many encoders there are, and threads of each: one a GPU, else some a node, with few threads each, since many
     small encoders are faster than one that has all CPUs."""
-    cpus = session.cpus_of_largest_node()
     if resources.use_gpu:
-        # What a training worker may have, where that is said: others may train beside it.
-        return min(num_jobs, resources.num_workers), max(1, (resources.cpus_per_worker or cpus) // 2)
+        # What a training worker has, on a node with a GPU: others may train beside it.
+        each = session.check(
+            num_workers=resources.num_workers, cpus_per_worker=resources.cpus_per_worker, use_gpu=True,
+            min_workers=resources.min_workers,
+        )  # fmt: skip
+        return min(num_jobs, resources.num_workers), max(1, each // 2)
+    cpus = session.cpus_of_largest_node()
     threads = max(1, cpus // _ENCODERS_PER_NODE)
     return min(num_jobs, max(1, session.num_cpus() // threads)), threads
 

@@ -184,7 +184,6 @@ class _Store:
         self._uri, self._location = uri, location
         self.experiment: str | None = None
         self._runs: dict[tuple[str, ...], str] = {}
-        self._half_open: set[tuple[str, ...]] = set()  # runs that the store has, but not yet their params
 
     def known(self, key: Sequence[str]) -> str | None:
         return self._runs.get(tuple(key))
@@ -242,11 +241,20 @@ class _Store:
         if self.experiment is None:
             found = self._client.get_experiment_by_name(EXPERIMENT)
             if found is None:
-                self.experiment = self._client.create_experiment(EXPERIMENT, artifact_location=self._location)
-            else:
-                self.experiment = found.experiment_id
+                found = self._new_experiment()
+            self.experiment = found.experiment_id
         assert self.experiment is not None
         return self.experiment
+
+    def _new_experiment(self) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.create_experiment(EXPERIMENT, artifact_location=self._location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another program made it in this moment
+                raise
+        return self._client.get_experiment_by_name(EXPERIMENT)
 
     def _find(self, key: Sequence[str]) -> str | None:
         found = self._runs.get(tuple(key))
@@ -265,15 +273,12 @@ class _Store:
         return found
 
     def _open(self, entry: Entry) -> None:
-        found, key = self._find(entry["key"]), tuple(entry["key"])
+        found = self._find(entry["key"])
         if found is None:
             found = self._create(entry)
-            self._half_open.add(key)
-        if key not in self._half_open:
+        else:
             self._client.update_run(found, status="RUNNING")
-            return
         self._describe(found, entry)
-        self._half_open.remove(key)
 
     def _create(self, entry: Entry) -> str:
         tag, value = entry["key"]
@@ -285,17 +290,18 @@ class _Store:
         return run
 
     def _describe(self, run: str, entry: Entry) -> None:
-        """Params and inputs of a new run."""
+        """Params and inputs that a run does not have yet: the store may have gone away in the middle."""
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        params = [Param(name, text) for name, text in entry["params"].items()]
+        run_now = self._client.get_run(run)
+        params = [Param(name, text) for name, text in entry["params"].items() if name not in run_now.data.params]
         for start in range(0, len(params), 100):
             self._client.log_batch(run, params=params[start : start + 100])
         inputs = [
             DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", label)])
             for label, dataset in entry.get("datasets", {}).items()
         ]
-        if inputs:
+        if inputs and not run_now.inputs.dataset_inputs:
             self._client.log_inputs(run, datasets=inputs)
 
     def _points(self, entry: Entry) -> None:

@@ -356,7 +356,7 @@ def _tune(
     else:
         from pipelines.optuna_search import OptunaSearch
 
-        known = [notes.records[number].values for number in sorted(notes.records)]
+        known = {number: record.values for number, record in notes.records.items()}
         searcher = OptunaSearch(sweep.dimensions, lambda values: sweep.refusal(config, values), sweep.seed, known)
         searcher.set_search_properties("objective", objective.mode, {})
     trainable = tune.with_resources(tune.with_parameters(Trial, shared=shared), {"memory": _TRIAL_BYTES})
@@ -367,6 +367,11 @@ def _tune(
     run = tune.RunConfig(name=_RAY, storage_path=records.uri, verbose=0, callbacks=[notes])
     with _sigterm_as_ctrl_c():
         tune.Tuner(trainable, param_space=space, tune_config=how, run_config=run).fit()
+    if searcher is not None and searcher.is_exhausted:
+        raise InputError(
+            f"expected {sweep.trials} different trials in this search space, found {len(notes.records)}; lower "
+            "--trials or widen --search"
+        )
 
 
 @contextlib.contextmanager

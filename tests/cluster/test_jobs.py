@@ -1,6 +1,7 @@
 """The pipeline as a submitted job, on several nodes with an S3 root: what one machine makes."""
 
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -35,7 +36,7 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 @pytest.fixture(scope="module")
 def cluster(s3_bucket: str, mlflow_server: MlflowServer) -> Iterator[LocalCluster]:
     """Three nodes with a CPU each, which answer to a token only, with MLflow's server beside them."""
-    found = LocalCluster(3, jobs=True, env={**TOKEN, **mlflow_server.client})
+    found = LocalCluster(3, jobs=True, env={**TOKEN, **mlflow_server.client, "RAY_JOB_STOP_WAIT_TIME_S": "120"})
     yield found
     found.close()
 
@@ -124,8 +125,35 @@ def test_a_job_makes_what_one_machine_makes(
     assert again.returncode == 0 and all(f"{stage}: reused" in output for stage in STAGES), output
 
 
+def test_a_job_that_is_stopped_writes_a_checkpoint_first(cluster: LocalCluster, s3_bucket: str) -> None:
+    root = Folder.of(f"{s3_bucket}/checkpoint")
+    long = ("--train.steps", "1000000", "--train.validate-every", "1000000", "--resources.checkpoint-every", "200")
+    process = submit(cluster, "long", "--root", root.uri, *OPTIONS, "--no-track", *long)
+    deadline = time.monotonic() + 300
+    while not states(root):
+        assert time.monotonic() < deadline and process.poll() is None, said(process)
+        time.sleep(0.2)
+    stop(cluster, "long")
+    output = said(process)  # it ends with 0: Ray counts a job that was stopped as one that did as it was told
+    found = re.search(r"did so at step (\d+), after a checkpoint; the same command goes on from here", output)
+    assert found is not None, output
+    assert states(root)[-1] == f"step-{int(found[1]):09d}"
+
+
+def states(root: Folder) -> list[str]:
+    """The states of the first training in a root."""
+    trainings = [root / stage / name for stage in root.folders() if stage.startswith("train_vqvae-")
+                 for name in (root / stage).folders() if name.startswith("training-")]  # fmt: skip
+    return [name for folder in trainings for name in folder.folders() if (folder / name).exists("state.json")]
+
+
+def stop(cluster: LocalCluster, name: str) -> None:
+    command = [RAY, "job", "stop", "--address", cluster.jobs_address, name]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, **TOKEN})
+
+
 def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
-    """`ray job stop` ends with a checkpoint; the same job under another name goes on from it."""
+    """The same job under another name goes on from what a stopped one left."""
     root = Folder.of(f"{s3_bucket}/stopped")
     more = ("--root", root.uri, *OPTIONS, "--no-track", "--resources.checkpoint-every", "4")
     process = submit(cluster, "to-stop", *more)
@@ -133,9 +161,8 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, al
     while not any(name.startswith("train_vqvae-") for name in root.folders()):
         assert time.monotonic() < deadline and process.poll() is None, said(process)
         time.sleep(0.2)
-    stop = [RAY, "job", "stop", "--address", cluster.jobs_address, "to-stop"]
-    subprocess.run(stop, check=True, capture_output=True, env={**os.environ, **TOKEN})
-    process.wait(120)  # with 0: Ray counts a job that was stopped as one that did as it was told
+    stop(cluster, "to-stop")
+    process.wait(120)
     assert len(contents(root)) < len(STAGES)
     again = submit(cluster, "goes-on", *more)
     output = said(again)

@@ -44,6 +44,8 @@ def pods(document: dict) -> Iterator[dict]:
         cluster = spec if document["kind"] == "RayCluster" else spec["rayClusterSpec"]
         for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
             yield group["template"]["spec"]
+    if document["kind"] == "RayJob":  # KubeRay's own has no security context, and is refused in this namespace
+        yield spec["submitterPodTemplate"]["spec"]
 
 
 def strict(schema: Any) -> Any:
@@ -134,7 +136,7 @@ def test_what_guards_the_ports_is_there() -> None:
     assert any(policy["spec"]["podSelector"] == {} and "ingress" not in policy["spec"] for policy in policies)
     commands = yaml.safe_load(AWS.read_text())
     for command in (*commands["head_start_ray_commands"][1:], *commands["worker_start_ray_commands"][1:]):
-        assert re.match(r"RAY_AUTH_MODE=token (AUTOSCALED_NODES='[^']*' )?ray start ", command)
+        assert re.match(r"RAY_AUTH_MODE=token ([A-Z_]+=('[^']*'|\d+) )*ray start ", command)
     assert "--dashboard-host=127.0.0.1" in commands["head_start_ray_commands"][1]
 
 
@@ -165,6 +167,41 @@ def test_what_the_autoscaler_may_start_is_what_programs_are_told() -> None:
     for one, node in zip(told, nodes, strict=True):
         assert one["count"] == node["max_workers"] and one["cpus"] == node["resources"]["CPU"]
         assert one.get("gpus", 0) == node["resources"].get("GPU", 0)
+
+
+GIB = 2**30
+
+
+def test_stores_have_room_in_shared_memory() -> None:
+    """Ray takes 30 % of a machine's memory for objects, and a disk where /dev/shm is smaller."""
+    spec = yaml.safe_load((KUBERNETES / "ray-cluster.yaml").read_text())["spec"]
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        memory = int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Gi"))
+        (shm,) = (volume["emptyDir"]["sizeLimit"] for volume in pod["volumes"] if volume["name"] == "shm")
+        assert int(shm.removesuffix("Gi")) >= 0.3 * memory, group.get("groupName", "head")
+    config = yaml.safe_load(AWS.read_text())
+    (size,) = re.findall(r"--shm-size (\d+)g", " ".join(config["docker"]["run_options"]))
+    for kind in ("head", "worker"):
+        (store,) = re.findall(r"--object-store-memory=(\d+)", config[f"{kind}_start_ray_commands"][1])
+        assert int(store) <= int(size) * GIB
+
+
+def test_a_stopped_job_has_time_for_a_checkpoint() -> None:
+    """Ray's default is 3 seconds before it kills. The head runs jobs."""
+    spec = yaml.safe_load((KUBERNETES / "ray-cluster.yaml").read_text())["spec"]
+    env = spec["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    (seconds,) = (one["value"] for one in env if one["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
+    start = yaml.safe_load(AWS.read_text())["head_start_ray_commands"][1]
+    assert int(seconds) >= 60 and f"RAY_JOB_STOP_WAIT_TIME_S={seconds} " in start
+
+
+def test_the_image_has_what_ray_up_calls() -> None:
+    """The autoscaler runs in the head's container, and reaches other machines by ssh and rsync."""
+    text = (ROOT / "cluster" / "Dockerfile").read_text()
+    (packages,) = re.findall(r"^RUN apt-get update && apt-get install -y --no-install-recommends (.*?) *\\?$", text,
+                             re.MULTILINE)[:1]  # fmt: skip
+    assert {"openssh-client", "rsync", "procps", "wget"} <= set(packages.split())
 
 
 def test_ray_up_reads_its_file() -> None:

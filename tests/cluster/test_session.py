@@ -7,7 +7,8 @@ import ray
 
 from cluster.local import LocalCluster
 from cluster.session import AUTOSCALED, ResourceError, Session, data_threads
-from pipelines.stage import fan_out
+from pipelines.config import Resources
+from pipelines.stage import _encoders, fan_out
 from vqvae_core.errors import InputError
 
 
@@ -53,6 +54,49 @@ def test_workers_that_fit_on_nodes(
     monkeypatch.setattr(Session, "_nodes", lambda self: NODES[nodes])
     workers, cpus, use_gpu = asked
     assert Session().check(num_workers=workers, cpus_per_worker=cpus, use_gpu=use_gpu) == each
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "each"),
+    [
+        ([(8, 1)] * 3, (4, 1, True), 8),
+        ([(8, 1), (8, 1), (0, 0)], (4, 2, True), 8),
+        ([(2, 0)], (4, 1, False), 1),
+        ([(8, 0), (8, 0)], (2, 1, False), 8),
+    ],
+)
+def test_workers_that_need_not_all_be_there(
+    nodes: list[tuple[int, int]], asked: tuple[int, int, bool], each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their CPUs are shared by as many as there is room for."""
+    monkeypatch.setattr(Session, "_nodes", lambda self: nodes)
+    most, least, use_gpu = asked
+    assert Session().check(num_workers=most, cpus_per_worker=None, use_gpu=use_gpu, min_workers=least) == each
+
+
+def test_encoders_on_gpus_fit_on_nodes_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large nodes without a GPU are: Ray would wait for ever for a node that has both."""
+    monkeypatch.setattr(Session, "_nodes", lambda self: [(64, 0), (8, 1), (8, 1)])
+    actors, threads = _encoders(Session(), Resources(num_workers=2, use_gpu=True), 100)
+    assert actors == 2 and threads == 4
+
+
+def test_what_must_hold_of_a_cluster_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Ray is first needed, and what it raises comes out there."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    session, asked = Session(), []
+    session.once_connected = lambda: asked.append(session.started)
+    session.connect()
+    session.connect()
+    assert asked == [True]
+    refused = Session()
+
+    def refuse() -> None:
+        raise InputError("expected a server for runs")
+
+    refused.once_connected = refuse
+    with pytest.raises(InputError, match="expected a server"):
+        refused.connect()
 
 
 def test_nodes_that_an_autoscaler_may_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from vqvae_core.token_shards import TokenShards
 
 CONFIG = ShardConfig(image_size=32, images_per_shard=10)
 HOLDOUT = replace(CONFIG, holdout_images=12)
-PIPELINE: Any = SimpleNamespace(session=None, resources=Resources())
+PIPELINE: Any = SimpleNamespace(session=Session(), resources=Resources())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.session import Session
 from pipelines import index
 from pipelines.config import ShardConfig
 from pipelines.index import SourceIndex, index_parts, safe_key, source_to_json
@@ -50,7 +51,7 @@ def built(source: AnySource, place: Path, monkeypatch: pytest.MonkeyPatch) -> So
     """An index made in this process, without a pipeline."""
 
     class Pipeline:
-        session = None
+        session = Session()
 
     monkeypatch.setattr(index, "fan_out", lambda _, task, jobs: (task(job) | {"begin": 0, "end": 0} for job in jobs))
     folder = Folder.of(place)

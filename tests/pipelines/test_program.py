@@ -6,8 +6,10 @@ import pytest
 
 from cluster.local import LocalCluster
 from cluster.session import Session
-from pipelines.program import check_cluster
+from pipelines.cluster_check import check_cluster, check_source
+from pipelines.sources import ClassFoldersSource, ViZDoomSource
 from pipelines.tracking import Tracker
+from tests.pipelines.test_cli import full
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
@@ -59,6 +61,17 @@ def test_a_root_that_not_all_nodes_see(four_nodes: list[str], tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_a_source_that_not_all_nodes_see(four_nodes: list[str], tmp_path: Path) -> None:
+    """Else what a blind node is given to read would be files that are missing."""
+    source = ClassFoldersSource(path=str(tmp_path))
+    check_source(Session(), source)
+    four_nodes.append("10.0.0.3")
+    with pytest.raises(InputError, match=r"expected a source that all nodes.*\(10\.0\.0\.3\); give --source s3://"):
+        check_source(Session(), source)
+    check_source(Session(), ClassFoldersSource(path="s3://bucket/images"))
+    check_source(Session(), ViZDoomSource())
+
+
 @pytest.mark.slow
 def test_nodes_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = LocalCluster(2)
@@ -68,6 +81,8 @@ def test_nodes_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert session.num_nodes() == 3
         assert session.nodes_without(str(tmp_path)) == []
         assert len(session.nodes_without(str(tmp_path / "nothing"))) == 3
+        done = full("--preset", "smoke", "--root", str(tmp_path / "root"))  # whose runs would go to a file
+        assert done.returncode != 0 and "the cluster has 3 nodes, found the file sqlite:///" in done.stderr, done.stderr
     finally:
         session.close()
         cluster.close()

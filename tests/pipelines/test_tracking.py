@@ -129,6 +129,46 @@ def test_a_store_that_goes_down_while_a_run_is_opened(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_program_that_ends_while_a_run_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one finds the run without its params, and gives it those."""
+    with monkeypatch.context() as patch:
+
+        def fails(*arguments, **named) -> None:
+            raise ConnectionError("gone")
+
+        patch.setattr(MlflowClient, "log_batch", fails)
+        patch.setattr(journal, "_SECONDS_OF_HOPE", 0.1)
+        tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1}, "f")
+        tracker.start()
+        tracker.finish("FINISHED")
+    for number in range(2):  # other params later are not an error, and change nothing
+        tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1 + number}, "f")
+        tracker.start()
+        tracker.finish("FINISHED")
+    runs = client_of(tracker).search_runs(["1"])
+    assert [(run.data.params, run.info.status) for run in runs] == [({"a": "1"}, "FINISHED")]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_programs_make_the_experiment_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Tracker(Folder.of(tmp_path), "name", {}, "f")
+    first.start()
+    first.finish("FINISHED")
+    find, asked = MlflowClient.get_experiment_by_name, []
+
+    def not_yet(self: MlflowClient, name: str):
+        asked.append(name)
+        return None if len(asked) == 1 else find(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", not_yet)
+    tracker = Tracker(Folder.of(tmp_path), "other", {}, "g")
+    tracker.start()
+    tracker.finish("FINISHED")
+    assert len(asked) == 2
+    assert {run.info.run_name for run in client_of(tracker).search_runs(["1"])} == {"name", "other"}
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_no_password_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

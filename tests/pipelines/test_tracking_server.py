@@ -63,7 +63,9 @@ def test_a_server_that_is_down_for_a_minute(
     client = MlflowClient(mlflow_server.uri, mlflow_server.uri)  # whatever this process used before
     experiment = client.get_experiment_by_name("vqvae-pipeline")
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id], "tags.`stage.name` = 'train_vqvae'")
+    (parent,) = client.search_runs([experiment.experiment_id], f"tags.`pipeline.root` = '{root}'")
+    mine = f"tags.`stage.name` = 'train_vqvae' and tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    (run,) = client.search_runs([experiment.experiment_id], mine)
     assert run.info.status == "KILLED"
     for name in {name for point in history for name in point if name != "step"}:
         expected = {point["step"]: point[name] for point in history if name in point}

@@ -104,12 +104,13 @@ def test_optuna_gives_no_values_twice_and_none_that_are_refused() -> None:
 
     sweep = sweep_of("--search", "train.batch-size=uniform:4..16", "--trials", "4")
 
-    def asked(known: list[dict]) -> list[dict]:
+    def asked(known: dict[int, dict]) -> list[dict]:
         search = OptunaSearch(sweep.dimensions, lambda values: sweep.refusal(SMOKE, values), 0, known)
         search.set_search_properties("objective", "max", {})
         found = []
         for number in range(1, 6):
             config = search.suggest(str(number))
+            assert search.is_exhausted == (config == OptunaSearch.FINISHED)
             if config == OptunaSearch.FINISHED:
                 break
             assert config["trial"]["number"] == number
@@ -117,9 +118,12 @@ def test_optuna_gives_no_values_twice_and_none_that_are_refused() -> None:
             search.on_trial_complete(str(number), {"objective": float(number)})
         return found
 
-    found = asked([])
+    found = asked({})
     assert sorted(values["train.batch_size"] for values in found) == [4, 8, 12, 16]
-    assert asked(found[2:])[:2] == found[2:], "those of earlier runs come first"
+    assert asked({1: found[2], 2: found[3]})[:2] == found[2:], "those of earlier runs come first"
+    again = asked({2: found[2], 4: found[0]})
+    assert again[1] == found[2] and again[3] == found[0], "each with its number, whichever were noted"
+    assert sorted(values["train.batch_size"] for values in again) == [4, 8, 12, 16]
 
 
 def test_the_objective_counts_the_codes() -> None:
