@@ -337,6 +337,7 @@ def _tune(
     """Ray Tune over trials, numbers with values; None: as a searcher draws them. Those that earlier runs noted come
     with what they had reported; Ray Tune's own record, a pickle, is never read."""
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # it tells of a folder that nothing reads, whatever it is told
     from ray import tune
 
     from pipelines.trial import Trial
