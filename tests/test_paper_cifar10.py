@@ -85,5 +85,6 @@ def check_bare(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_it_needs_no_other_packages() -> None:
     check_bare("benchmarks.paper_cifar10")

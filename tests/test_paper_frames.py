@@ -76,5 +76,6 @@ def test_fields_take_other_values() -> None:
         bare.preset("smoke", ["train.steps"])
 
 
+@pytest.mark.slow
 def test_it_needs_no_other_packages() -> None:
     check_bare("benchmarks.paper_frames")

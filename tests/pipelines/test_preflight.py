@@ -122,6 +122,7 @@ def test_a_clock_that_is_off(store: Callable, minutes: int, words: str) -> None:
     assert f" s {words} the store's" in text and "set the clock" in text and "within 300 s" in text
 
 
+@pytest.mark.slow
 def test_a_bucket_of_another_region(store: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     store({"GET": (200, "", {"x-amz-bucket-region": "eu-west-1"})})
     check_place(Folder.of("s3://bucket/runs"))  # a store that is not AWS

@@ -9,6 +9,8 @@ from pipelines.tracking import Tracker
 from vqvae_core.artifacts import FileEntry, commit
 from vqvae_core.storage import Folder
 
+pytestmark = pytest.mark.slow  # each makes a store
+
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_store_that_is_down_never_stops_the_work(

@@ -89,9 +89,8 @@ def run_ranks(world_size: int, case: str, schedule: TrainConfig, *, micro_batch:
 THIRTY = replace(SCHEDULE, steps=30, log_every=30, validate_every=30, learning_rate=2e-4)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case == "gaussian" else pytest.mark.slow) for case in CONFIGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CONFIGS)
 def test_many_ranks_and_pieces_equal_one(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a k-means++ start and revivals, or noise: only the order of sums differs."""
     revived, whole = [], VectorQuantizer.revive

@@ -298,6 +298,7 @@ def test_labels_are_left_out_by_their_place_in_the_global_batch() -> None:
     assert not torch.equal(left_out(0.3, Piece(0, 1000), 1000, 8), whole)
 
 
+@pytest.mark.slow
 def test_a_prior_without_some_labels_learns_both() -> None:
     """With labels 0 bits remain; without, the one bit that tells the two grids apart, over 15 tokens."""
     labels = torch.arange(16) % 2
