@@ -268,11 +268,11 @@ def main(arguments: list[str]) -> None:
     check_place(root)
     completion = _completion(options.complete, options.keep, vqvae) if options.complete else None
     session = Session()
-    session.once_connected = lambda: check_cluster(session, root, tracker)
     resources = Resources(num_workers=max(1, options.gpus), use_gpu=options.gpus > 0)
     # As far as it goes, what full.py can run again: the config that the prior was made with, and these samples.
     whole = {**(prior.manifest.provenance.get("config") or {}), "sample": dataclasses.asdict(config)}
     tracker = Tracker(root, "sample", whole, hash_json([prior.manifest.fingerprint, whole]), enabled=options.track)
+    session.once_connected = lambda: check_cluster(session, root, tracker)
     pipeline, status = Pipeline(root, resources, session, tracker, whole), "FAILED"
     try:
         tracker.start()

@@ -258,7 +258,7 @@ def _waves(jobs: Iterable[T], size: Callable[[], int]) -> Iterator[list[T]]:
 
 def _let_go() -> None:
     """Give back what a wave leaves. Ray Data's objects refer to each other in circles: what they hold in the stores
-    lives until Python looks for such. And glibc keeps what many threads freed, 10 kB a task, unless it is asked."""
+    lives until Python looks for such. And glibc keeps what many threads freed, unless it is asked."""
     gc.collect()
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -51,6 +51,14 @@ def test_a_store_that_is_down_never_stops_the_work(
     assert list(tmp_path.glob("tracking/*")) == [] and "tracking:" not in capsys.readouterr().out
 
 
+def tracked(root: Path, name: str = "name", fingerprint: str = "f", **params: int) -> Tracker:
+    """A run that has begun and ended."""
+    tracker = Tracker(Folder.of(root), name, params, fingerprint)
+    tracker.start()
+    tracker.finish("FINISHED")
+    return tracker
+
+
 def client_of(tracker: Tracker) -> MlflowClient:
     return MlflowClient(tracking_uri=tracker.uri, registry_uri=tracker.uri)
 
@@ -123,9 +131,7 @@ def test_a_store_that_goes_down_while_a_run_is_opened(tmp_path: Path, monkeypatc
         log_batch(*arguments, **named)
 
     monkeypatch.setattr(MlflowClient, "log_batch", fails_once)
-    tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1}, "f")
-    tracker.start()
-    tracker.finish("FINISHED")
+    tracker = tracked(tmp_path, a=1)
     runs = client_of(tracker).search_runs(["1"])
     assert [(run.data.params, run.info.status) for run in runs] == [({"a": "1"}, "FINISHED")]
 
@@ -140,22 +146,16 @@ def test_a_program_that_ends_while_a_run_is_opened(tmp_path: Path, monkeypatch: 
 
         patch.setattr(MlflowClient, "log_batch", fails)
         patch.setattr(journal, "_SECONDS_OF_HOPE", 0.1)
-        tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1}, "f")
-        tracker.start()
-        tracker.finish("FINISHED")
+        tracked(tmp_path, a=1)
     for number in range(2):  # other params later are not an error, and change nothing
-        tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1 + number}, "f")
-        tracker.start()
-        tracker.finish("FINISHED")
+        tracker = tracked(tmp_path, a=1 + number)
     runs = client_of(tracker).search_runs(["1"])
     assert [(run.data.params, run.info.status) for run in runs] == [({"a": "1"}, "FINISHED")]
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_two_programs_make_the_experiment_at_one_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = Tracker(Folder.of(tmp_path), "name", {}, "f")
-    first.start()
-    first.finish("FINISHED")
+    tracked(tmp_path)
     find, asked = MlflowClient.get_experiment_by_name, []
 
     def not_yet(self: MlflowClient, name: str):
@@ -163,9 +163,7 @@ def test_two_programs_make_the_experiment_at_one_time(tmp_path: Path, monkeypatc
         return None if len(asked) == 1 else find(self, name)
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", not_yet)
-    tracker = Tracker(Folder.of(tmp_path), "other", {}, "g")
-    tracker.start()
-    tracker.finish("FINISHED")
+    tracker = tracked(tmp_path, "other", "g")
     assert len(asked) == 2
     assert {run.info.run_name for run in client_of(tracker).search_runs(["1"])} == {"name", "other"}
 
@@ -179,8 +177,6 @@ def test_no_password_is_printed(
 
     monkeypatch.setattr(MlflowClient, "search_runs", fails)
     monkeypatch.setattr(journal, "_SECONDS_OF_HOPE", 0.1)
-    tracker = Tracker(Folder.of(tmp_path), "name", {"a": 1}, "f")
-    tracker.start()
-    tracker.finish("FINISHED")
+    tracked(tmp_path, a=1)
     said = capsys.readouterr().out
     assert "http://***@host is gone" in said and "secret" not in said
