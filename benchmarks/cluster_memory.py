@@ -1,11 +1,11 @@
 """What a data set costs in memory on a cluster: the objects in Ray's stores, and the driver.
 
-    python -m benchmarks.cluster_memory            # 1,024 shards, then ten times as many
+    python -m benchmarks.cluster_memory            # 512 shards, then ten times as many
     python -m benchmarks.cluster_memory --quick    # 128 shards, then ten times as many: does it run?
 
 Pictures of 84x84 in class folders are sharded to 64x64, four a shard, and tokenized on a local cluster of a head and
-three nodes, each amount by a driver of its own. Ray is given work by waves of at least 512 shards, and frees what one
-left within a second of the next: with less than two waves the stores hold more with more shards. Bytes in the object
+three nodes, each amount by a driver of its own. Ray is given work by waves of at least 512 shards: below that the
+stores hold more with more shards. Bytes in the object
 stores of all nodes are looked at ten times a second; a driver's memory is its own peak in each stage. Bars: with ten
 times the data the stores hold at most twice as much at their peak (less than a MiB counts as one), and the driver at
 most 2 kB more for each image more.
@@ -28,7 +28,7 @@ from benchmarks.tokenize import frames, make_model
 from cluster.local import LocalCluster
 from vqvae_core.storage import Folder
 
-CLASSES, PER_SHARD, SHARDS, QUICK, TIMES, NODES = 8, 4, 1024, 128, 10, 3
+CLASSES, PER_SHARD, SHARDS, QUICK, TIMES, NODES = 8, 4, 512, 128, 10, 3
 STAGES = ("shard", "tokenize")
 
 
