@@ -8,7 +8,7 @@ three nodes, each amount by a driver of its own. Ray is given work by waves of a
 stores hold more with more shards. Bytes in the object
 stores of all nodes are looked at ten times a second; a driver's memory is its own peak in each stage. Bars: with ten
 times the data the stores hold at most twice as much at their peak (less than a MiB counts as one), and the driver at
-most 2 kB more for each image more.
+most 1 kB more for each image more.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def main() -> int:
         stores = many[stage]["stores"] / max(few[stage]["stores"], 1 << 20)
         driver = (many[stage]["driver"] - few[stage]["driver"]) / ((TIMES - 1) * small)
         bars.append(Bar(f"{stage}_times_object_store", stores, 2.0, at_most=True))
-        bars.append(Bar(f"{stage}_driver_bytes_an_image", driver, 2048.0, at_most=True))
+        bars.append(Bar(f"{stage}_driver_bytes_an_image", driver, 1024.0, at_most=True))
     settings = {"images": [small, TIMES * small], "nodes": NODES, "images_per_shard": PER_SHARD}
     return report("cluster_memory", settings, bars, {"peak_bytes": {str(count): found[count] for count in found}})
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from cluster.driver_memory import keep_little
+
 _DATA_THREADS = ("iter_threaded", "StreamingExecutor")  # Ray Data gives these names
 _SECONDS_TO_END, _SECONDS_TO_LOOK = 10.0, 60.0
 AUTOSCALED = "AUTOSCALED_NODES"
@@ -58,6 +60,7 @@ class Session:
                 os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
             # A task that is too large for memory ends, where Ray would try it for ever.
             os.environ.setdefault("RAY_task_oom_retries", "3")
+            keep_little()
             import ray
 
             if not ray.is_initialized():

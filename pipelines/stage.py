@@ -1,8 +1,5 @@
 """How a stage becomes an artifact: reuse by fingerprint, fan-out over Ray Data, sidecars, and the commit."""
 
-import contextlib
-import ctypes
-import gc
 import importlib.metadata
 import itertools
 import json
@@ -21,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster.driver_memory import let_go
 from cluster.session import Session
 from pipelines.config import Resources
 from pipelines.tracking import StageRun, Tracker
@@ -202,6 +200,7 @@ class Pipeline:
                 },
             )
             run.finish(artifact)
+            let_go()  # of every file's entry, which was an object on its way into the table
         seconds = time.monotonic() - begin
         work_seconds = 0.0 if reused else artifact.manifest.provenance["work_seconds"]
         if not self.makes:
@@ -253,15 +252,7 @@ def _waves(jobs: Iterable[T], size: Callable[[], int]) -> Iterator[list[T]]:
     while wave := [*wave, *itertools.islice(waiting, most - len(wave))]:
         yield wave
         wave = []
-        _let_go()
-
-
-def _let_go() -> None:
-    """Give back what a wave leaves. Ray Data's objects refer to each other in circles: what they hold in the stores
-    lives until Python looks for such. And glibc keeps what many threads freed, unless it is asked."""
-    gc.collect()
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        let_go()
 
 
 def _fan_out(

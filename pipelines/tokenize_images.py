@@ -5,6 +5,7 @@ Named so that it does not hide Python's own `tokenize` when it is run as a scrip
 """
 
 import functools
+import itertools
 import json
 import time
 from typing import Any
@@ -45,9 +46,8 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
     names = [path.removesuffix(".tar") for split in SPLITS for path in images.shards(split)]
     there = space.finished_parts(names)
     missing = [name for name, done in zip(names, there, strict=True) if not done]
-    finished = [name for name, done in zip(names, there, strict=True) if done]
-    total = sum(images.artifact.files[f"{name}.tar"].rows for name in names)
-    done = sum(images.artifact.files[f"{name}.tar"].rows for name in finished)
+    rows = [images.artifact.files[f"{name}.tar"].rows for name in names]
+    total, done = sum(rows), sum(itertools.compress(rows, there))
     clock = WorkClock()
     spec = {
         "images": images.artifact.folder.uri,
@@ -62,7 +62,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
             clock.add(result)
             done += result["rows"]
             progress.advance_to(done)
-    files = [FileEntry(**record["file"]) for record in space.records(names)]
+    files = (FileEntry(**record["file"]) for record in space.records(names))
     sites = model.facts["image_size"] // STRIDE
     facts = {
         "shape": {"H": sites, "W": sites, "G": model.facts.get("G", 1), "K": model.facts["K"]},

@@ -14,7 +14,7 @@ ANY = None
 # room or file -> packages that it may import beside the standard library
 ROOMS: dict[str, set[str] | None] = {
     "vqvae_core": NUMERIC | {"vqvae_core"},
-    "cluster": {"ray", "cluster"},
+    "cluster": {"ray", "pyarrow", "cluster"},
     "pipelines": ANY,
     "benchmarks": ANY,
 }
