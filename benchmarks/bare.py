@@ -19,7 +19,7 @@ from vqvae_core.train import StoppedError, Trainable, Worker, best_step, train
 from vqvae_core.train_config import TrainConfig
 from vqvae_core.weight_average import load_weights
 
-VERSION = 2  # of what a step computes: a state of another is not gone on from
+VERSION = 3  # of what a step computes: a state of another is not gone on from
 
 
 class InMemory:

@@ -29,8 +29,9 @@ from benchmarks.peers import Bar, report
 from pipelines.config import PipelineConfig
 from vqvae_core.artifacts import hash_bytes, hash_json
 from vqvae_core.checkpoint import StateFolder
-from vqvae_core.contender import NAMES, VQ_VAE, figures, make_model, make_task
+from vqvae_core.contender import NAMES, VQ_VAE, check_has_bits, figures, make_model, make_task
 from vqvae_core.decoding import decode
+from vqvae_core.errors import InputError
 from vqvae_core.order import mix, permutation
 from vqvae_core.storage import Folder
 from vqvae_core.train_config import best_precision
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
     config = preset(options.preset, options.set)
+    try:
+        check_has_bits(config.vqvae)
+    except InputError as error:
+        raise SystemExit(str(error)) from error
     models = tuple(options.models or config.compare.models)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     schedule = replace(config.train, seed=options.seed, precision=best_precision(device))

@@ -16,7 +16,7 @@ from pipelines.compare_report import REPORT, make_compare_report
 from pipelines.config import PipelineConfig, config_to_manifest
 from pipelines.likelihood_table import MARKDOWN, likelihood_table
 from pipelines.measure_bits import measure_bits
-from pipelines.program import conduct
+from pipelines.program import check_equal_steps, conduct
 from pipelines.shard import shard
 from pipelines.side_by_side import run_side_by_side
 from pipelines.stage import NotMadeError, Pipeline
@@ -25,7 +25,7 @@ from pipelines.train_baseline import train_baseline
 from pipelines.train_prior import train_prior
 from pipelines.train_vqvae import train_vqvae
 from vqvae_core.artifacts import Artifact
-from vqvae_core.contender import VQ_VAE
+from vqvae_core.contender import VQ_VAE, check_has_bits
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 
@@ -39,11 +39,8 @@ def main(arguments: list[str]) -> None:
     wanted = names(options.config)
     if only is not None and only not in wanted:
         raise InputError(f"expected one of {', '.join(wanted)} after {_ONLY}, found {only!r}")
-    if options.config.vqvae.likelihood.kind == "density":
-        raise InputError(
-            "expected a likelihood with bits for the table, found a density; give --vqvae.likelihood.kind logistic, "
-            "gaussian or categorical"
-        )
+    check_has_bits(options.config.vqvae)
+    check_equal_steps(options.config, "train")
     if options.config.prior.use_labels:
         raise InputError(
             "expected a prior of the images alone, whose bits are of -log2 p(x) as the others' are, found one that is "
@@ -59,7 +56,7 @@ def main(arguments: list[str]) -> None:
         if only is not None:
             return None
         measured = {name: bits for name, (_, bits) in made.items()}
-        table.append(likelihood_table(pipeline, config, measured))
+        table.append(likelihood_table(pipeline, config, images, measured))
         models = {name: model for name, (model, _) in made.items()}
         return lambda seconds: make_compare_report(
             options.preset, pipeline.reports, models, table[0], pipeline.config, seconds

@@ -99,7 +99,7 @@ def _words(lines: list[dict[str, Any]], facts: Mapping[str, Any]) -> str:
     if "seeds_in_the_papers_order" in facts:
         count = facts["seeds_in_the_papers_order"]
         words += f" VAE < VQ-VAE < VIMCO, the paper's order, in {count} of {facts['seeds']} seeds."
-    return words
+    return " ".join([words, *facts["notes"]])
 
 
 def _rows(text: str) -> str:

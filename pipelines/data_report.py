@@ -5,6 +5,7 @@ Counted image by image while shards are made, as whole numbers, so that the sums
 
 import base64
 import functools
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from vqvae_core.artifacts import Artifact
 from vqvae_core.images import encode, grid
 
 REPORT = "data.json"
@@ -57,6 +59,17 @@ def _channel_sums(pixels: np.ndarray) -> list[list[int]]:
         np.multiply(rows, rows, out=rows)
         sums[1] += ones @ rows
     return (sums @ _columns_of_channels(width, channels)).astype(np.int64).tolist()
+
+
+def jpeg_notes(images: Artifact) -> list[str]:
+    """What has to be said beside bits/dim of these image shards: a sentence, or nothing."""
+    kinds: Iterable[str] = json.loads(images.read(REPORT))["kinds"] if REPORT in images.files else ()
+    if images.facts.get("image_format") != "jpg" and not any(kind.startswith(("JPEG", "MPO")) for kind in kinds):
+        return []
+    return [
+        "Images are or were JPEG, which has fewer bits than what it was made of: bits/dim compare models with each "
+        "other, not with published figures."
+    ]
 
 
 @functools.lru_cache(maxsize=4)

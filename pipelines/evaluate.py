@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipelines import ray_train
 from pipelines.config import EvaluateConfig
-from pipelines.data_report import REPORT as DATA_REPORT
+from pipelines.data_report import jpeg_notes
 from pipelines.extractor import Extractor, NamedFile, Network, PerceptualDistance
 from pipelines.image_metrics import num_scales
 from pipelines.measure_bits import check_parts, held_out
@@ -212,7 +212,7 @@ class _Build:
                        "definition": definition, "reason": reasons.get(name)}
                 for name, label, form, definition in _DEFINITIONS
             },
-            "notes": self._notes(),
+            "notes": jpeg_notes(self._images.artifact),
         }  # fmt: skip
         files = {
             FIGURES: (json.dumps(page, indent=1, allow_nan=False) + "\n").encode(),
@@ -338,17 +338,6 @@ class _Build:
         if min(sums.originals.count, card["num_samples"] or sums.originals.count) <= sums.originals.num_features:
             card["note"] = "no more images than features: compare only with figures of as many images"
         return card
-
-    def _notes(self) -> list[str]:
-        facts, kinds = self._images.artifact.facts, {}
-        if DATA_REPORT in self._images.artifact.files:
-            kinds = json.loads(self._images.artifact.read(DATA_REPORT))["kinds"]
-        if facts.get("image_format") != "jpg" and not any(kind.startswith(("JPEG", "MPO")) for kind in kinds):
-            return []
-        return [
-            "Images are or were JPEG, which has fewer bits than what it was made of: bits/dim compare models with each "
-            "other, not with published figures."
-        ]
 
     def _picture(self, table: pa.Table) -> bytes:
         """Originals over reconstructions, by PSNR: the worst, the middle and the best, each from low to high."""

@@ -8,12 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.config import PipelineConfig
+from pipelines.data_report import jpeg_notes
+from pipelines.measure_bits import held_out
 from pipelines.stage import Made, Pipeline, Workspace
 from pipelines.train_vqvae import write_files
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.contender import TITLES, VQ_VAE
+from vqvae_core.image_shards import ImageShards
 
-VERSION = 1
+VERSION = 2
 KIND = "LikelihoodTable"
 MARKDOWN, CSV, JSON = "table.md", "table.csv", "table.json"
 _BOUNDS = {
@@ -27,7 +30,9 @@ _COLUMNS = (
 Row = dict[str, Any]
 
 
-def likelihood_table(pipeline: Pipeline, config: PipelineConfig, measured: Mapping[str, Artifact]) -> Artifact:
+def likelihood_table(
+    pipeline: Pipeline, config: PipelineConfig, images: ImageShards, measured: Mapping[str, Artifact]
+) -> Artifact:
     """The table of measured bits; their names are model-seed. Facts: the means over seeds, and their spread."""
     compare = config.compare
     settings = {
@@ -35,6 +40,7 @@ def likelihood_table(pipeline: Pipeline, config: PipelineConfig, measured: Mappi
         "steps": config.train.steps,
         "train_samples": compare.train_samples,
         "first_seed": config.train.seed,
+        "notes": _notes(images),
     }
     return pipeline.make(
         "likelihood_table",
@@ -46,6 +52,14 @@ def likelihood_table(pipeline: Pipeline, config: PipelineConfig, measured: Mappi
     )
 
 
+def _notes(images: ImageShards) -> list[str]:
+    """What has to be said of the figures, beside what they are."""
+    chosen = (
+        "These images also chose each model's weights, as there is no test split; --shard.holdout-images makes one."
+    )
+    return [*([chosen] if held_out(images) == "validation" else []), *jpeg_notes(images.artifact)]
+
+
 def _build(settings: dict[str, Any], measured: Mapping[str, Artifact], space: Workspace) -> Made:
     rows = [row for name, artifact in measured.items() for row in rows_of(name, artifact.facts, settings)]
     summary = summarize(rows)
@@ -55,7 +69,12 @@ def _build(settings: dict[str, Any], measured: Mapping[str, Artifact], space: Wo
         CSV: csv_of(rows).encode(),
         JSON: (json.dumps({"rows": rows, "models": summary}, indent=1) + "\n").encode(),
     }
-    facts: dict[str, Any] = {"likelihood": settings["likelihood"], "steps": settings["steps"], **order(rows)}
+    facts: dict[str, Any] = {
+        "likelihood": settings["likelihood"],
+        "steps": settings["steps"],
+        "notes": settings["notes"],
+    }
+    facts |= order(rows)
     for line in summary:
         name = line["model"] if line["samples_of_bound"] is None else f"{line['model']}_{line['samples_of_bound']}"
         for key in ("reconstruction", "latents", "total", "latents_learned", "total_learned"):
@@ -147,6 +166,7 @@ def markdown(summary: list[Row], settings: Mapping[str, Any]) -> str:
         f"VIMCO trained with S = {settings['train_samples']}. All are bounds on -log2 p(x). The latents' cost is that "
         "under the prior of training: log2 K a code of the VQ-VAE (the uniform prior), the KL of a VAE.",
         "",
+        *(line for note in settings["notes"] for line in (note, "")),
     ]
     return "\n".join(lines)
 

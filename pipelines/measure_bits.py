@@ -35,7 +35,7 @@ BITS = "bits.json"
 
 
 def held_out(images: ImageShards) -> str:
-    """The split that nothing was selected by: the test split where there is one."""
+    """The test split, which nothing was selected by; where there is none the validation split, which chose weights."""
     return "test" if images.shards("test") else "validation"
 
 

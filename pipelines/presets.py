@@ -96,7 +96,7 @@ DMLAB84_SMALL = PipelineConfig(
         decoder=PixelCNNConfig(channels=64, num_layers=6, first_kernel_size=5, head_channels=128),
     ),
     train_second_stage=TrainConfig(
-        steps=1000,
+        steps=1500,
         batch_size=32,
         num_lanes=4,
         learning_rate=2e-3,

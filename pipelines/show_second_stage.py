@@ -7,6 +7,7 @@ code where the others and the noise stay.
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from vqvae_core.second_stage import SecondStage
 from vqvae_core.token_shards import TokenShards
 from vqvae_core.vqvae import VQVAE
 
-VERSION = 1
+VERSION = 2
 KIND = "SecondStageReport"
 DECODINGS, WALK, TABLE = "decodings.png", "walk.png", "table.json"
 _SCALE = 2
@@ -41,6 +42,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "gain_over_shuffled_nats": ("gain over shuffled", "NLL with z shuffled - NLL with z"),
     "gain_over_blank_nats": ("gain over no z", "NLL without z - NLL with z"),
     "total_nats": ("NLL + codes", "NLL with z + log K for each code: a bound on -log p(tokens)"),
+    "codes_nats": ("entropy of the codes", "of the use of each over the validation split, their sum: what z can tell"),
     "perplexity": ("perplexity of latent", "2 to the entropy of code use over the validation split"),
     "vae_kl_nats": ("KL of the VAE", "of the Gaussian posterior to N(0, 1), nats an image; near 0: collapsed"),
     "vae_nll_nats": ("NLL of the VAE", "-log p(tokens | z) for a draw of z, nats an image"),
@@ -133,7 +135,9 @@ def figures_of(facts: Mapping[str, Mapping[str, Any]]) -> Row:
     row["gain_over_shuffled_nats"] = codes["shuffled_nll_nats"] - codes["nll_nats"]
     row["gain_over_blank_nats"] = none["nll_nats"] - codes["nll_nats"]
     row["total_nats"] = codes["total_nats"]
-    row |= {name: codes[name] for name in codes if name.startswith("perplexity_")}
+    perplexities = {name: codes[name] for name in codes if name.startswith("perplexity_")}
+    row["codes_nats"] = sum(map(math.log, perplexities.values()))
+    row |= perplexities
     return row | {f"vae_{name}": vae[name] for name in ("kl_nats", "nll_nats", "total_nats")}
 
 

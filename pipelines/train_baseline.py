@@ -20,7 +20,7 @@ from vqvae_core.storage import Folder
 from vqvae_core.train import Worker, train
 from vqvae_core.vqvae import VQVAEConfig
 
-VERSION = 2
+VERSION = 3
 
 
 def train_baseline(pipeline: Pipeline, config: PipelineConfig, images: ImageShards, name: str) -> Artifact:

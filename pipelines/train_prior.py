@@ -27,7 +27,7 @@ from vqvae_core.token_shards import TokenShards
 from vqvae_core.train import Worker, train
 from vqvae_core.train_config import TrainConfig
 
-VERSION = 3
+VERSION = 4
 
 
 def train_prior(

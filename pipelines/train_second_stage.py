@@ -17,7 +17,7 @@ import torch
 
 from pipelines import cli, ray_train
 from pipelines.config import PipelineConfig, config_to_manifest, recipe_of
-from pipelines.program import conduct
+from pipelines.program import check_equal_steps, conduct
 from pipelines.second_stage_report import REPORT, make_second_stage_report
 from pipelines.shard import shard
 from pipelines.show_second_stage import show_second_stage, tell
@@ -28,6 +28,7 @@ from pipelines.train_prior import read_tokens
 from pipelines.train_vqvae import load_best, train_vqvae, write_files
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.checkpoint import TrainingState, config_from_json
+from vqvae_core.errors import InputError
 from vqvae_core.order import mix
 from vqvae_core.second_stage import KIND, KINDS, LatentKind, SecondStage, SecondStageConfig, SecondStageNetwork
 from vqvae_core.second_stage_training import SecondStageTraining, evaluate
@@ -37,7 +38,7 @@ from vqvae_core.token_shards import TokenShards
 from vqvae_core.train import Worker, train
 from vqvae_core.train_config import TrainConfig
 
-VERSION = 1
+VERSION = 2
 _SCHEDULES = ("train", "train_second_stage")
 _POOL_IMAGES = 8192
 
@@ -117,6 +118,7 @@ def _figures(model: SecondStageNetwork, shards: TokenShards, schedule: TrainConf
 
 def main(arguments: list[str]) -> None:
     options = cli.parse(arguments, "dmlab84-small", program="train_second_stage.py")
+    check_equal_steps(options.config, "train_second_stage")
 
     def stages(pipeline: Pipeline, config: PipelineConfig) -> Callable[[float], bytes]:
         _stages(pipeline, config)
@@ -129,6 +131,12 @@ def main(arguments: list[str]) -> None:
 
 def _stages(pipeline: Pipeline, config: PipelineConfig) -> None:
     images = shard(pipeline, config.data, config.shard)
+    if images.num_images("validation") < 2:
+        raise InputError(
+            "expected at least 2 validation images, of which each is also given the other's z, found "
+            f"{images.num_images('validation')}; give a source with more, or raise --shard.max-validation-images or "
+            "--shard.holdout-images"
+        )
     vqvae = train_vqvae(pipeline, config, images)
     tokens = tokenize_images(pipeline, images, vqvae)
     models = [

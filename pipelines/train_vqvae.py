@@ -35,7 +35,7 @@ from vqvae_core.vqvae import KIND, VQVAE, VQVAEConfig
 from vqvae_core.vqvae_training import VQVAETraining, against_shrunken, comparison, evaluate
 from vqvae_core.weight_average import load_weights
 
-VERSION = 4
+VERSION = 5
 RECONSTRUCTIONS = "reconstructions.png"
 
 

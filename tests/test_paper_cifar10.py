@@ -69,6 +69,13 @@ def test_a_folder_without_data_says_what_it_wants(tmp_path: Path) -> None:
         paper_cifar10.main(["--data", str(tmp_path), "--states", str(tmp_path)])
 
 
+def test_a_density_has_no_bits(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="expected a likelihood with bits for the table, found a density; give vqvae"):
+        paper_cifar10.main(
+            ["--data", str(tmp_path), "--states", str(tmp_path), "--set", "vqvae.likelihood.kind=density"]
+        )
+
+
 def test_splits_are_disjoint_and_whole(cifar: Path) -> None:
     train, validation, test = paper_cifar10.read_splits(cifar, 3)
     assert (len(train), len(validation), len(test)) == (48, 48, 10)

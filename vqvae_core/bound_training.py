@@ -21,8 +21,8 @@ _BATCH = 50  # images that are measured together
 
 
 class BoundTraining:
-    """The `Trainable` of a VAE or of VIMCO. num_samples: S. mebibytes: memory for the activations of decodings; what is
-    beyond it is computed twice. validation: uint8 (N, H, W, 3), fixed."""
+    """The `Trainable` of a VAE or of VIMCO. num_samples: S, of VIMCO at least 2. mebibytes: memory for the activations
+    of decodings; what is beyond it is computed twice. validation: uint8 (N, H, W, 3), fixed."""
 
     def __init__(
         self,
@@ -35,6 +35,8 @@ class BoundTraining:
         validation: Tensor,
         mebibytes: int = 2048,
     ) -> None:
+        if isinstance(model, VIMCO) and num_samples < 2:
+            raise ValueError(f"num_samples of VIMCO must be at least 2, was {num_samples}")
         to_device(model, worker.device)
         self.model = model
         self._samples, self._seed, self._worker = num_samples, seed, worker

@@ -9,8 +9,9 @@ import torch
 from vqvae_core.artifacts import Artifact
 from vqvae_core.bound_training import BoundTraining, measure
 from vqvae_core.checkpoint import config_from_json, load_model
+from vqvae_core.errors import InputError
 from vqvae_core.latent_model import decodings_in
-from vqvae_core.likelihood import bits_per_dim
+from vqvae_core.likelihood import bits_per_dim, make_likelihood
 from vqvae_core.train import Trainable, Worker
 from vqvae_core.train_config import Precision
 from vqvae_core.vae import VAE
@@ -31,6 +32,15 @@ def make_model(name: str, config: VQVAEConfig) -> Contender:
     return VQVAE(config) if name == VQ_VAE else _BASELINES[name](config)
 
 
+def check_has_bits(config: VQVAEConfig) -> None:
+    """Raises `InputError` where p(x | z) is no probability, so that no bits/dim can be made of it."""
+    if not make_likelihood(config.likelihood, config.sigma).has_bits:
+        raise InputError(
+            f"expected a likelihood with bits for the table, found a {config.likelihood.kind}; give "
+            "vqvae.likelihood.kind logistic, gaussian or categorical"
+        )
+
+
 def make_task(
     name: str,
     model: Any,
@@ -44,7 +54,9 @@ def make_task(
     validation: torch.Tensor,
     mebibytes: int,
 ) -> Trainable:
-    """Its training. num_samples: S of VIMCO; the others take one draw, or none. mebibytes: see `BoundTraining`."""
+    """Its training. num_samples: S of VIMCO; the others take one draw, or none. mebibytes: see `BoundTraining`. Raises
+    `InputError` where the model's likelihood has no bits."""
+    check_has_bits(model.config)
     if name == VQ_VAE:
         return VQVAETraining(
             model, steps=steps, steps_per_epoch=steps_per_epoch, seed=seed, precision=precision, worker=worker,

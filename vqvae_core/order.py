@@ -2,7 +2,8 @@
 
 An epoch is the seeded sequence of all shards, cut by sample count into L equal lanes. Each lane is shuffled in
 consecutive windows. Global batch g takes B/L samples from each lane; ranks own lanes. The N mod B samples at the end of
-the sequence are left out, others each epoch. The position is the step, one integer: nothing before it is read.
+the sequence are left out, others each epoch: where there is a single shard it begins at another of its samples each
+epoch, and goes round. The position is the step, one integer: nothing before it is read.
 """
 
 from collections import OrderedDict
@@ -97,7 +98,7 @@ class Order:
             )
         self.left_out = self.num_samples - self.steps_per_epoch * config.batch_size
         self.lane_samples = self.steps_per_epoch * config.batch_size // config.num_lanes
-        self._sequences: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._sequences: OrderedDict[int, tuple[np.ndarray, np.ndarray, int]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], Places] = OrderedDict()
         self._stacked: OrderedDict[tuple[int, range, int], np.ndarray] = OrderedDict()
 
@@ -160,16 +161,18 @@ class Order:
     def _shuffled(self, epoch: int, lane: int, start: int) -> Places:
         length = min(self.config.shuffle_window, self.lane_samples - start)
         places = lane * self.lane_samples + start + permutation(length, self.config.seed, epoch, lane, start)
-        sequence, before = self._sequence(epoch)
+        sequence, before, first = self._sequence(epoch)
+        places = (places + first) % self.num_samples
         shards = np.searchsorted(before, places, side="right") - 1
         return Places(sequence[shards], places - before[shards])
 
-    def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's sequence of shards, and the number of samples before each of them."""
+    def _sequence(self, epoch: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """The epoch's sequence of shards, the number of samples before each of them, and where it begins."""
         if epoch not in self._sequences:
             sequence = permutation(len(self.files), self.config.seed, epoch)
             rows = self._rows[sequence]
-            self._sequences[epoch] = sequence, np.concatenate([[0], np.cumsum(rows)])
+            first = mix(self.config.seed, epoch, 1) % self.num_samples if len(rows) == 1 else 0
+            self._sequences[epoch] = sequence, np.concatenate([[0], np.cumsum(rows)]), first
             while len(self._sequences) > 2:
                 self._sequences.popitem(last=False)
         return self._sequences[epoch]

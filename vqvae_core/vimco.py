@@ -46,7 +46,8 @@ def learning_signal(log_weights: Float[Tensor, "b s"]) -> Float[Tensor, "b s"]:
 @dataclass(frozen=True)
 class VIMCOOutput:
     """bound_nats: L of each image, float64 (B,), without gradient. loss_nats: what is minimized, (B,): its gradient is
-    that of -L as VIMCO estimates it, its value means nothing. log_weights: (B, S), float64."""
+    that of -L as VIMCO estimates it, its value means nothing (of one sample, which VIMCO has no signal for, nothing in
+    it tells the encoder how to draw: to measure by, not to train by). log_weights: (B, S), float64."""
 
     bound_nats: Tensor
     loss_nats: Tensor

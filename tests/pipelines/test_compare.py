@@ -13,16 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import compare
+from pipelines import compare, likelihood_table
 from pipelines.config import CompareConfig
 from pipelines.likelihood_table import csv_of, markdown, order, rows_of, summarize
 from tests.pipelines.data import write_cifar10
 from tests.pipelines.test_cli import ROOT
-from vqvae_core.artifacts import MANIFEST, Artifact
+from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit
 from vqvae_core.errors import InputError
+from vqvae_core.image_shards import ImageShards
 from vqvae_core.storage import Folder
 
-SETTINGS = {"likelihood": "logistic", "steps": 30, "train_samples": 3, "first_seed": 0}
+SETTINGS = {"likelihood": "logistic", "steps": 30, "train_samples": 3, "first_seed": 0, "notes": ["Images are JPEG."]}
 MODELS = ("vae", "vqvae", "vimco", "vimco_gaussian")
 
 
@@ -71,7 +72,7 @@ def test_seeds_become_a_mean_and_a_spread() -> None:
     assert (
         "| VQ-VAE | 2.835 (2.825 to 2.845) | 1.875 | 4.710 (4.700 to 4.720) | 1.500 | 4.335 (4.325 to 4.345) |" in text
     )
-    assert "the seeds 0, 1, 2" in text and "S = 3" in text
+    assert "the seeds 0, 1, 2" in text and "S = 3" in text and text.endswith("\n\nImages are JPEG.\n")
 
 
 def test_the_papers_order_is_counted() -> None:
@@ -113,6 +114,26 @@ def test_messages(tmp_path: Path) -> None:
         compare.main([argument for argument in base if argument != "--prior.no-use-labels"])
     with pytest.raises(InputError, match="expected a likelihood with bits for the table, found a density"):
         compare.main([*base, "--vqvae.likelihood.kind", "density"])
+    with pytest.raises(InputError, match="after as many steps each, found 3; give --train.patience None"):
+        compare.main([*base, "--train.patience", "3"])
+
+
+def test_what_has_to_be_said_beside_bits(tmp_path: Path) -> None:
+    """Of JPEG, and of images that chose the weights."""
+
+    def notes(image_format: str, kinds: list[str], splits: tuple[str, ...]) -> list[str]:
+        folder = Folder.of(tmp_path / f"{image_format}-{len(kinds)}-{len(splits)}")
+        data = json.dumps({"kinds": dict.fromkeys(kinds, 1)}).encode()
+        folder.write("data.json", data)
+        facts = {"image_format": image_format, "splits": {split: {"images": 1} for split in splits}}
+        files = [FileEntry.of("data.json", data), *(FileEntry(f"{split}-000000.tar", 1, 1, "") for split in splits)]
+        made = commit(folder, kind="ImageShards", stage="shard", stage_version=1, fingerprint="f", recipe={}, inputs={},
+                      files=files, facts=facts, provenance={})  # fmt: skip
+        return likelihood_table._notes(ImageShards(made))
+
+    assert notes("png", ["PNG RGB"], ("train", "validation", "test")) == []
+    assert [note[:15] for note in notes("png", ["PNG RGB", "JPEG RGB"], ("train", "test"))] == ["Images are or w"]
+    assert [note[:15] for note in notes("jpg", [], ("train", "validation"))] == ["These images al", "Images are or w"]
 
 
 def arguments(source: Path, root: Path) -> list[str]:

@@ -194,7 +194,7 @@ def test_likelihoods(tmp_path: Path, golden: dict) -> None:
 
 
 def test_the_likelihood_table(golden: dict) -> None:
-    settings = {"likelihood": "logistic", "steps": 3, "train_samples": 2, "first_seed": 0}
+    settings = {"likelihood": "logistic", "steps": 3, "train_samples": 2, "first_seed": 0, "notes": []}
     facts = {"split": "test", "images": 4, "samples": [2], "total_bits_per_dim": 4.0, "bound_2_bits_per_dim": 4.0}
     rows = [row for name in ("vae-0", "vimco-0") for row in likelihood_table.rows_of(name, facts, settings)]
     text = likelihood_table.markdown(likelihood_table.summarize(rows), settings)

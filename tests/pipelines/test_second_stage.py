@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -18,10 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import show_second_stage
+from pipelines import show_second_stage, train_second_stage
 from pipelines.show_second_stage import COLUMNS, figures_of, spread_of, table_csv, table_json, table_markdown, title
 from tests.pipelines.test_cli import ROOT, assert_one_line
 from vqvae_core.artifacts import MANIFEST, Artifact
+from vqvae_core.errors import InputError
 from vqvae_core.second_stage import SecondStage
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShards
@@ -43,6 +45,7 @@ def test_the_table_of_figures() -> None:
     rows, seeds = [figures_of(facts(shift)) for shift in (0.0, 1.5)], [4, 5]
     assert rows[1]["gain_over_shuffled_nats"] == 28.5
     assert rows[1]["gain_over_blank_nats"] == 10.5
+    assert rows[1]["codes_nats"] == pytest.approx(math.log(10) + math.log(20))
     assert spread_of(rows)["nll_nats"] == {"mean": 100.75, "min": 100.0, "max": 101.5}
     text = table_markdown(rows, seeds)
     assert "| NLL with z | 100.00 | 101.50 | 100.75 (100.00 to 101.50) |\n" in text
@@ -212,6 +215,20 @@ def test_a_killed_driver_goes_on_to_the_same_bytes(done: tuple[Path, str], tmp_p
         path = Path(made[key].folder.uri)
         assert path.name == Path(other[key].folder.uri).name
         assert made[key].files == other[key].files, key
+
+
+def test_patience_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="as many steps each, found 2; give --train-second-stage.patience None"):
+        train_second_stage.main(["--preset", "smoke", "--root", str(tmp_path), "--train-second-stage.patience", "2"])
+
+
+@pytest.mark.slow
+def test_one_validation_image_has_no_other(tmp_path: Path) -> None:
+    """Said before anything is trained."""
+    root = tmp_path / "root"
+    result = program(root, "--shard.max-validation-images", "1", "--no-track")
+    assert_one_line(result, "expected at least 2 validation images, of which each is also given the other's z, found 1")
+    assert not list(root.glob("train_*"))
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tests.vqvae_core.shards import InMemory
 from tests.vqvae_core.test_train import ROWS, SCHEDULE, furthest, pictures, same, sums
 from vqvae_core.checkpoint import StateFolder, TrainingState
 from vqvae_core.contender import NAMES, figures, make_model, make_task
+from vqvae_core.errors import InputError
 from vqvae_core.likelihood import LikelihoodConfig
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.storage import Folder
@@ -116,3 +117,11 @@ def test_all_have_the_same_encoder_and_decoder() -> None:
     assert all(found == shapes["vqvae"] for found in shapes.values())
     sizes = {name: sum(p.numel() for p in make_model(name, CONFIG).encoder.conv_down.parameters()) for name in NAMES}
     assert len(set(sizes.values())) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_density_is_not_trained_for_the_table(name: str) -> None:
+    model = make_model(name, replace(CONFIG, likelihood=LikelihoodConfig(kind="density")))
+    with pytest.raises(InputError, match="expected a likelihood with bits for the table, found a density"):
+        make_task(name, model, steps=1, steps_per_epoch=1, num_samples=3, seed=0, precision="fp32", worker=Worker(),
+                  validation=pictures()[:8], mebibytes=64)  # fmt: skip

@@ -2,16 +2,20 @@
 
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from vqvae_core.bound_training import BoundTraining
 from vqvae_core.images import pixels_to_images
 from vqvae_core.latent_model import decodings_in
 from vqvae_core.likelihood import LikelihoodConfig
 from vqvae_core.noise import place_seeds
 from vqvae_core.quantizer import QuantizerConfig
+from vqvae_core.train import Worker
 from vqvae_core.vimco import (
     CategoricalVIMCO,
     GaussianVIMCO,
@@ -188,6 +192,39 @@ def test_a_gaussian_posterior_has_the_density_of_torch() -> None:
     torch.testing.assert_close(log_p, standard)
 
 
-def test_memory_says_how_many_decodings() -> None:
-    counts = [decodings_in(mebibytes, CONFIG, 32, 32) for mebibytes in (0, 1, 64, 128)]
-    assert counts[0] == 1 and counts[3] == pytest.approx(2 * counts[2], abs=1) and counts[2] > counts[1]
+def kept_bytes(model: CategoricalVIMCO, num_decodings: int, at_once: int | None) -> int:
+    """What is kept for the gradient of so many decodings of a 32x32 image, beside weights and latents."""
+    latents = torch.randn(1, num_decodings, CONFIG.quantizer.channels, 8, 8, requires_grad=True)
+    images = pixels_to_images(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    ours = {tensor.untyped_storage().data_ptr() for tensor in (latents, images, *model.parameters())}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.decode_nats(latents, images, at_once)
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", ["logistic", "gaussian", "categorical"])
+def test_decodings_within_a_limit_of_memory(kind: Any) -> None:
+    """As many as the limit says keep less than it, and an eighth of it or more; of twice as many nothing is kept but
+    what they are computed from again."""
+    config = replace(CONFIG, likelihood=LikelihoodConfig(kind=kind))
+    model, limit = CategoricalVIMCO(config), 64
+    at_once = decodings_in(limit, config, 32, 32)
+    kept = kept_bytes(model, at_once, at_once)
+    assert limit * 2**20 / 8 < kept < limit * 2**20
+    assert kept_bytes(model, 2 * at_once, at_once) < kept / 4
+    assert decodings_in(0, config, 32, 32) == 1
+
+
+@pytest.mark.parametrize("kind", [CategoricalVIMCO, GaussianVIMCO])
+def test_one_sample_trains_no_vimco(kind: type) -> None:
+    with pytest.raises(ValueError, match="num_samples of VIMCO must be at least 2, was 1"):
+        BoundTraining(kind(CONFIG), num_samples=1, seed=0, precision="fp32", worker=Worker(),
+                      validation=torch.zeros(1, 8, 8, 3, dtype=torch.uint8))  # fmt: skip
