@@ -10,8 +10,9 @@ _ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def keep_little() -> None:
-    """Call it before Ray's threads begin, of which each would get an arena of glibc's and free its blocks there, among
-    others that stay. Arrow's own pools keep what its threads freed as well, so that it takes from glibc too."""
+    """Call it before threads begin, those of Ray above all: each would get an arena of glibc's and free its blocks
+    there, among others that stay, and where many have one glibc no longer asks how many there may be. Arrow's own pools
+    keep what its threads freed as well, so that it takes from glibc too."""
     pa.set_memory_pool(pa.system_memory_pool())
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

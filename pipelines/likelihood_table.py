@@ -55,7 +55,8 @@ def likelihood_table(
 def _notes(images: ImageShards) -> list[str]:
     """What has to be said of the figures, beside what they are."""
     chosen = (
-        "These images also chose each model's weights, as there is no test split; --shard.holdout-images makes one."
+        "These images also chose each model's weights: there is no test split, which a source of single images that "
+        "holds some out has with --shard.holdout-images."
     )
     return [*([chosen] if held_out(images) == "validation" else []), *jpeg_notes(images.artifact)]
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cluster.driver_memory import keep_little
 from cluster.session import Session
 from pipelines import cli
 from pipelines.cluster_check import check_cluster
@@ -40,6 +41,7 @@ def conduct(
     name in the root. schedules: the fields of the config that it trains by. ends_run: False where another
     process ends the tracked run. Returns the pipeline and the last lines to print.
     """
+    keep_little()
     begin = time.monotonic()
     config, root = resolve(options.config, schedules), Folder.of(options.root)
     check_place(root)

@@ -42,7 +42,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "gain_over_shuffled_nats": ("gain over shuffled", "NLL with z shuffled - NLL with z"),
     "gain_over_blank_nats": ("gain over no z", "NLL without z - NLL with z"),
     "total_nats": ("NLL + codes", "NLL with z + log K for each code: a bound on -log p(tokens)"),
-    "codes_nats": ("entropy of the codes", "of the use of each over the validation split, their sum: what z can tell"),
+    "codes_nats": ("entropy of the codes", "the sum of those of their use: the most nats an image that z can tell"),
     "perplexity": ("perplexity of latent", "2 to the entropy of code use over the validation split"),
     "vae_kl_nats": ("KL of the VAE", "of the Gaussian posterior to N(0, 1), nats an image; near 0: collapsed"),
     "vae_nll_nats": ("NLL of the VAE", "-log p(tokens | z) for a draw of z, nats an image"),

@@ -200,7 +200,8 @@ class Pipeline:
                 },
             )
             run.finish(artifact)
-            let_go()  # of every file's entry, which was an object on its way into the table
+            del made  # of all files it may hold an entry
+            let_go()
         seconds = time.monotonic() - begin
         work_seconds = 0.0 if reused else artifact.manifest.provenance["work_seconds"]
         if not self.makes:

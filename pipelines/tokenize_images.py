@@ -16,7 +16,7 @@ import torch
 from pipelines.plan import SPLITS
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
-from vqvae_core.artifacts import Artifact, FileEntry
+from vqvae_core.artifacts import Artifact, FileEntry, FileTable
 from vqvae_core.augment import centre_crop
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
@@ -62,7 +62,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
             clock.add(result)
             done += result["rows"]
             progress.advance_to(done)
-    files = (FileEntry(**record["file"]) for record in space.records(names))
+    files = FileTable.of(FileEntry(**record["file"]) for record in space.records(names))
     sites = model.facts["image_size"] // STRIDE
     facts = {
         "shape": {"H": sites, "W": sites, "G": model.facts.get("G", 1), "K": model.facts["K"]},
@@ -71,7 +71,7 @@ def _build(pipeline: Pipeline, images: ImageShards, model: Artifact, space: Work
         "splits": images.artifact.facts["splits"],
         "label_map": images.label_map,
     }
-    return Made(files, facts, clock.seconds)
+    return Made(files.values(), facts, clock.seconds)
 
 
 def read_shard(job: dict[str, Any]) -> dict[str, Any]:

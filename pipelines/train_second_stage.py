@@ -134,8 +134,8 @@ def _stages(pipeline: Pipeline, config: PipelineConfig) -> None:
     if images.num_images("validation") < 2:
         raise InputError(
             "expected at least 2 validation images, of which each is also given the other's z, found "
-            f"{images.num_images('validation')}; give a source with more, or raise --shard.max-validation-images or "
-            "--shard.holdout-images"
+            f"{images.num_images('validation')}; give a source that holds out more, or raise "
+            "--shard.max-validation-images where it is set"
         )
     vqvae = train_vqvae(pipeline, config, images)
     tokens = tokenize_images(pipeline, images, vqvae)

@@ -70,7 +70,7 @@ def test_a_folder_without_data_says_what_it_wants(tmp_path: Path) -> None:
 
 
 def test_a_density_has_no_bits(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="expected a likelihood with bits for the table, found a density; give vqvae"):
+    with pytest.raises(SystemExit, match="expected a likelihood with bits for the table, found a density; set vqvae"):
         paper_cifar10.main(
             ["--data", str(tmp_path), "--states", str(tmp_path), "--set", "vqvae.likelihood.kind=density"]
         )

@@ -36,8 +36,8 @@ def check_has_bits(config: VQVAEConfig) -> None:
     """Raises `InputError` where p(x | z) is no probability, so that no bits/dim can be made of it."""
     if not make_likelihood(config.likelihood, config.sigma).has_bits:
         raise InputError(
-            f"expected a likelihood with bits for the table, found a {config.likelihood.kind}; give "
-            "vqvae.likelihood.kind logistic, gaussian or categorical"
+            f"expected a likelihood with bits for the table, found a {config.likelihood.kind}; set "
+            "vqvae.likelihood.kind to logistic, gaussian or categorical"
         )
 
 

@@ -66,13 +66,13 @@ def _parts(latents: Tensor, owners: Tensor, at_once: int | None) -> Sequence[tup
 
 
 def decodings_in(mebibytes: int, config: VQVAEConfig, height: int, width: int) -> int:
-    """How many decodings of images of this size keep their activations in so much memory: at least 1. An estimate from
-    the shapes of what the gradient needs and is computed by, in fp32, that is not below what is kept."""
+    """How many decodings of images of this size keep their activations in so much memory: at least 1. An estimate in
+    fp32, of what the gradient needs and what stands beside it while it is taken: not below what is kept."""
     sites = (height // STRIDE) * (width // STRIDE)
     hidden, stem = config.hidden_channels, config.stem_channels or config.hidden_channels
     blocks = config.num_residual_blocks
     outputs = make_likelihood(config.likelihood, config.sigma).num_channels
     numbers = sites * (hidden * (3 + 3 * blocks) + 2 * config.residual_channels * blocks + config.quantizer.channels)
     numbers += sites * (STRIDE // 2) ** 2 * 2 * stem
-    numbers += sites * STRIDE**2 * (6 * outputs + 24)
+    numbers += sites * STRIDE**2 * (6 * outputs + 24)  # 24: images, edges and masks of 3 sub-pixels
     return max(1, math.floor(mebibytes * 2**20 / (4 * numbers)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import compare, likelihood_table
+from pipelines import compare, compare_report, likelihood_table
 from pipelines.config import CompareConfig
 from pipelines.likelihood_table import csv_of, markdown, order, rows_of, summarize
 from tests.pipelines.data import write_cifar10
@@ -116,6 +116,12 @@ def test_messages(tmp_path: Path) -> None:
         compare.main([*base, "--vqvae.likelihood.kind", "density"])
     with pytest.raises(InputError, match="after as many steps each, found 3; give --train.patience None"):
         compare.main([*base, "--train.patience", "3"])
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    facts = {"seeds": 3, "likelihood": "logistic", "notes": SETTINGS["notes"], "seeds_in_the_papers_order": 2}
+    words = compare_report._words(summarize(rows(3)), facts)
+    assert "the paper's order, in 2 of 3 seeds" in words and words.endswith(" Images are JPEG.")
 
 
 def test_what_has_to_be_said_beside_bits(tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ def test_one_validation_image_has_no_other(tmp_path: Path) -> None:
     root = tmp_path / "root"
     result = program(root, "--shard.max-validation-images", "1", "--no-track")
     assert_one_line(result, "expected at least 2 validation images, of which each is also given the other's z, found 1")
+    assert "; give a source that holds out more, or raise --shard.max-validation-images" in result.stderr
     assert not list(root.glob("train_*"))
 
 
