@@ -62,6 +62,7 @@ def left(how: str) -> tuple[int, int]:
     return arenas, stayed
 
 
+@pytest.mark.slow
 def test_what_threads_freed_goes_back() -> None:
     """But for the end of the one arena that they share, which glibc keeps."""
     arenas, stayed = left("much")

@@ -116,6 +116,7 @@ def test_odd_files(tmp_path: Path, kind: str) -> None:
     assert 20 < sixteen.mean() < 235, "16 bits were clipped"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class_folders", "imagenet", "webdataset"])
 def test_odd_names(tmp_path: Path, kind: str) -> None:
     names = [name() for name in (FILE_NAMES if kind == "class_folders" else TAR_NAMES).values()]
@@ -139,6 +140,7 @@ def test_odd_names(tmp_path: Path, kind: str) -> None:
     assert [path.name for path in (tmp_path / "root").rglob("*.png")] == ["contact_sheet.png"]
 
 
+@pytest.mark.slow
 def test_keys_that_come_again_are_told_apart(tmp_path: Path) -> None:
     """In one tar, in two tars, and as two names that are the same without their odd characters."""
     (tmp_path / "s").mkdir()

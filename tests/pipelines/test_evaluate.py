@@ -232,6 +232,7 @@ def test_images_that_are_stored_larger(tmp_path: Path, files: dict[str, str]) ->
     assert made.facts["card"]["crop"] == "centre of 40 x 40"
 
 
+@pytest.mark.slow
 def test_small_pictures_leave_figures_out(tmp_path: Path) -> None:
     made = world(tmp_path, size=16).evaluate()
     figures = page(made)["figures"]
@@ -250,6 +251,7 @@ def features(pixels: torch.Tensor) -> Gaussian:
     return running.gaussian()
 
 
+@pytest.mark.slow
 def test_frechet_distances_and_their_card(tmp_path: Path, files: dict[str, str]) -> None:
     found = world(tmp_path, (3, 11))
     made = found.evaluate(Judges.read(EvaluateConfig(**files)))
@@ -287,6 +289,7 @@ def test_frechet_distances_and_their_card(tmp_path: Path, files: dict[str, str])
     assert again.folder != made.folder
 
 
+@pytest.mark.slow
 def test_how_work_is_cut_changes_nothing(tmp_path: Path, files: dict[str, str]) -> None:
     """Shards, batches of the extractor, and a run that was stopped in the middle."""
     found = []
@@ -327,6 +330,7 @@ def test_a_picture_of_the_worst_the_middle_and_the_best(tmp_path: Path) -> None:
         assert (sheet[top : top + 32] == expected).all()
 
 
+@pytest.mark.slow
 def test_nothing_is_done_again(tmp_path: Path, files: dict[str, str], here: list[str]) -> None:
     """Reused from another path of the same file; made again for another file; goes on after a stop."""
     found = world(tmp_path, (4, 10))
@@ -344,6 +348,7 @@ def test_nothing_is_done_again(tmp_path: Path, files: dict[str, str], here: list
     assert "samples" not in plain.manifest.inputs and "samples" in made.manifest.inputs
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(tmp_path: Path, here: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = world(tmp_path, (4, 4, 6))
     whole = found.evaluate()

@@ -84,6 +84,7 @@ def test_a_bucket_that_is_not_there(s3_bucket: str) -> None:
     assert "expected s3://bucket/prefix" in refusal("s3:///x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "action", "place"),
     [
@@ -132,6 +133,7 @@ def test_a_bucket_of_another_region(store: Callable, monkeypatch: pytest.MonkeyP
     check_place(Folder.of("s3://bucket/runs"))
 
 
+@pytest.mark.slow
 def test_a_store_that_gives_back_something_else(store: Callable) -> None:
     store({"READ": (200, "x", {})})
     assert "expected a store at http://127.0.0.1" in refusal() and "is it an S3 store?" in refusal()

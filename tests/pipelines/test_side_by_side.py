@@ -42,6 +42,7 @@ def runs(folder: Path, **seconds_and_code: tuple[float, int]) -> dict[str, list[
     return {name: [str(folder), name, str(seconds), str(code)] for name, (seconds, code) in seconds_and_code.items()}
 
 
+@pytest.mark.slow
 def test_as_many_as_the_limit_run_at_one_time(program: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wanted = runs(tmp_path, a=(0.6, 0), b=(0.6, 0), c=(0.6, 0))
     run_side_by_side(program, wanted, 2, "here:1")

@@ -84,6 +84,7 @@ def run_ranks(world_size: int, name: str, micro_batch: int | None = None) -> tor
     return tasks[0][0].model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_and_parts_of_a_batch_equal_the_whole(name: str) -> None:
     """Draws belong to a place in the global batch, so that only the order of sums differs."""

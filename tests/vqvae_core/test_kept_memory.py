@@ -56,6 +56,7 @@ def test_what_comes_later_is_no_slower_than_before() -> None:
     assert found[-1] < 8 * MIB / PAGE_BYTES / 10
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_for_another_device() -> None:
     """In a process of its own, whose heap has no room that was kept before."""
     code = (

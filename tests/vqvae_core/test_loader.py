@@ -190,6 +190,7 @@ def test_from_s3(images: ImageShards, s3_bucket: str) -> None:
         assert numbers(loader, 0, 6) == expected(loader, 0, 6)
 
 
+@pytest.mark.slow
 def test_from_s3_with_faults(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """503s, resets and cut bodies, each of which came up: the pictures are the same."""
     proxy = faulty(monkeypatch)
@@ -264,6 +265,7 @@ def test_a_killed_process_is_replaced_and_nothing_is_lost(images: ImageShards) -
     assert not children()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_while_its_shards_are_closed(tmp_path: Path) -> None:
     """It hangs, so that many questions wait whose shards are closed behind them; another one answers them all."""
     rows = [2] * 24

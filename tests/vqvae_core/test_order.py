@@ -38,12 +38,12 @@ def test_the_left_out_ones_of_a_single_shard_change() -> None:
     """Each of its samples is left out as often as any other: 116 of 500 in an epoch."""
     order = Order([("a", 500)], OrderConfig(batch_size=128, num_lanes=64, shuffle_window=4))
     assert (order.steps_per_epoch, order.left_out) == (3, 116)
-    epochs, seen = 400, np.zeros(500, np.int64)
+    epochs, seen = 100, np.zeros(500, np.int64)
     for epoch in range(epochs):
         rows = order.stretch(range(3 * epoch, 3 * epoch + 3), range(64)).rows
         assert len(set(rows.tolist())) == 384
         seen[rows] += 1
-    assert seen.min() / epochs > 0.65 and seen.max() / epochs < 0.89  # 0.768 in the mean
+    assert seen.min() / epochs > 0.55 and seen.max() / epochs < 0.95  # 0.768 in the mean
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])

@@ -236,6 +236,7 @@ def prior_task(
     return PriorTraining(model, seed=0, precision="fp32", worker=worker, validation=validation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_prior_overfits_a_few_grids(groups: int) -> None:
     """Two grids told apart by their label: 0 bits remain, and not before the label is used."""

@@ -215,7 +215,7 @@ def test_decodings_within_a_limit_of_memory(kind: Any) -> None:
     """As many as the limit says keep less than it, and an eighth of it or more; of twice as many nothing is kept but
     what they are computed from again."""
     config = replace(CONFIG, likelihood=LikelihoodConfig(kind=kind))
-    model, limit = CategoricalVIMCO(config), 64
+    model, limit = CategoricalVIMCO(config), 16
     at_once = decodings_in(limit, config, 32, 32)
     kept = kept_bytes(model, at_once, at_once)
     assert limit * 2**20 / 8 < kept < limit * 2**20
