@@ -21,9 +21,15 @@ MIB = 2**20
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 
+# What a process has beside the first.
+ARENAS = """
+def arenas():
+    places = [line.split("-")[0] for line in open("/proc/self/maps") if len(line.split()) == 5]
+    return sum(int(place, 16) % (64 << 20) == 0 for place in places)
+"""
 # Threads that take small blocks, through Python and through Arrow, and free all but every thousandth of the former.
 PROGRAM = """
-import gc, re, sys, threading
+import sys, threading
 import numpy as np
 import pyarrow as pa
 from cluster.driver_memory import keep_little, let_go
@@ -49,43 +55,39 @@ for thread in threads:
     thread.join()
 if sys.argv[1] == "little":
     let_go()
-places = [line.split("-")[0] for line in open("/proc/self/maps") if len(line.split()) == 5]
-print(sum(int(place, 16) % (64 << 20) == 0 for place in places), resident() - before)
+print(arenas(), resident() - before)
 """
 
 
-def left(how: str) -> tuple[int, int]:
-    """Arenas beside the first, and bytes that stay, of a program that has 128 MB at one time."""
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, timeout=60, cwd=ROOT)
+def printed(code: str, *arguments: str) -> list[int]:
+    """The numbers on the last line of a program that knows `arenas`."""
+    command = [sys.executable, "-c", ARENAS + code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    arenas, stayed = map(int, done.stdout.split())
-    return arenas, stayed
+    return [int(number) for number in done.stdout.splitlines()[-1].split()]
 
 
 @pytest.mark.slow
 def test_what_threads_freed_goes_back() -> None:
-    """But for the end of the one arena that they share, which glibc keeps."""
-    arenas, stayed = left("much")
+    """Of a program that has 128 MB at one time, but for the end of the one arena that they share, which glibc keeps."""
+    arenas, stayed = printed(PROGRAM, "much")
     assert arenas >= 4 and stayed > 80 * MIB  # or this test shows nothing
-    arenas, stayed = left("little")
+    arenas, stayed = printed(PROGRAM, "little")
     assert arenas <= 1 and stayed < 48 * MIB
 
 
 @pytest.mark.slow
 def test_a_session_keeps_little() -> None:
     """Ray's threads take their blocks where the settings say, which are older than they."""
-    code = (
-        "from cluster.session import Session\n"
-        "session = Session(num_cpus=1)\n"
-        "ray = session.connect()\n"
-        "assert ray.get(ray.put('x')) == 'x'\n"
-        "places = [line.split('-')[0] for line in open('/proc/self/maps') if len(line.split()) == 5]\n"
-        "print(sum(int(place, 16) % (64 << 20) == 0 for place in places))\n"
-        "session.close()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 2  # some ten where each thread has its own
+    code = """
+from cluster.session import Session
+session = Session(num_cpus=1)
+ray = session.connect()
+assert ray.get(ray.put("x")) == "x"
+print(arenas())
+session.close()
+"""
+    assert printed(code)[0] <= 2  # some ten where each thread has its own
 
 
 class Circle:
