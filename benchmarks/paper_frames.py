@@ -16,7 +16,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bare import VERSION, InMemory, Visit, preset, visit
+from benchmarks.bare import VERSION, InMemory, Visit, preset, run, visit
 from benchmarks.peers import Bar, report
 from pipelines.config import PipelineConfig
-from vqvae_core.artifacts import ArtifactError, hash_json
+from vqvae_core.artifacts import hash_json
 from vqvae_core.checkpoint import StateFolder
+from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
 from vqvae_core.images import encode, grid
 from vqvae_core.order import mix
@@ -38,12 +38,13 @@ from vqvae_core.prior_training import PriorTraining, bits_per_token, unigram_bit
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape
 from vqvae_core.train import autocast
-from vqvae_core.train_config import TrainConfig, best_precision
+from vqvae_core.train_config import TrainConfig
 from vqvae_core.vqvae import VQVAE
 from vqvae_core.vqvae_training import VQVAETraining, against_shrunken, comparison, evaluate
 
 _ABOVE_DB, _GAIN_BITS = 3.0, 2.0
 _SAMPLES, _COLUMNS, _BATCH = 64, 8, 64
+_READS = ("train.", "vqvae.", "train-prior.", "prior.", "sample.draw.")
 Split = tuple[Tensor, Tensor]  # uint8 (N, H, W, 3), and labels (N,), -1 where there is none
 
 
@@ -58,18 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="such as train.steps=10000")
     parser.add_argument("--no-compile", action="store_true")
     options = parser.parse_args(arguments)
+    return run(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = preset(options.preset, options.set)
-    precision = best_precision(device)
-    config = replace(
-        config,
-        train=replace(config.train, precision=precision),
-        train_prior=replace(config.train_prior, precision=precision),
-    )
-    try:
-        shards = ImageShards.open(Folder.of(options.shards))
-    except ArtifactError as error:
-        raise SystemExit(str(error)) from error
+    config = preset(options.preset, options.set, _READS, device)
+    precision = config.train.precision
+    shards = ImageShards.open(Folder.of(options.shards))
     splits = {split: read_split(shards, split) for split in ("train", "validation")}
     fingerprint = shards.artifact.manifest.fingerprint
     told = {"version": VERSION, "shards": fingerprint, "model": config.vqvae, "train": config.train}
@@ -79,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     states = StateFolder(Folder.of(options.states) / f"vqvae-{identity}", identity, keep=1)
     first = _train_vqvae(model, config, splits, states, device, options.seconds, compiled=not options.no_compile)
     if first is None:
-        raise SystemExit(f"expected a state of the VQ-VAE in {options.states}, or --seconds above 0, found neither")
+        raise InputError(f"expected a state of the VQ-VAE in {options.states}, or --seconds above 0, found neither")
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     pixels = splits["validation"][0]
@@ -109,12 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_split(shards: ImageShards, split: str) -> Split:
-    """All images of a split, in order. Raises SystemExit where it has none."""
+    """All images of a split, in order. Raises `InputError` where it has none."""
     with ThreadPoolExecutor() as pool:
         samples = [sample for path in shards.shards(split) for sample in shards.read(path)]
         pixels = list(pool.map(lambda sample: sample.pixels(), samples))
     if not pixels:
-        raise SystemExit(f"expected a {split} split in {shards.artifact.folder.uri}, found no image")
+        raise InputError(f"expected a {split} split in {shards.artifact.folder.uri}, found no image")
     labels = [-1 if sample.label is None else sample.label for sample in samples]
     return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
 

@@ -29,9 +29,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.peers import Bar, pin, report
+from vqvae_core.fp32 import whole_fp32
 from vqvae_core.noise import gumbel_noise
 from vqvae_core.pixelcnn import PixelCNN, PixelCNNConfig
-from vqvae_core.sampler import AS_IT_IS, Sampler, chosen, whole_fp32
+from vqvae_core.sampler import AS_IT_IS, Sampler, chosen
 from vqvae_core.token_shards import TokenShape
 
 CONFIG = PixelCNNConfig(channels=128, num_layers=15, kernel_size=3, first_kernel_size=3, head_channels=256)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from cluster.session import ResourceError
 from pipelines import cli
 from pipelines.compare_report import REPORT, make_compare_report
-from pipelines.config import PipelineConfig, config_to_manifest
+from pipelines.config import PipelineConfig, check_equal_steps, config_to_manifest
 from pipelines.likelihood_table import MARKDOWN, likelihood_table
 from pipelines.measure_bits import measure_bits
-from pipelines.program import check_equal_steps, conduct
+from pipelines.program import conduct
 from pipelines.shard import shard
 from pipelines.side_by_side import run_side_by_side
 from pipelines.stage import NotMadeError, Pipeline
@@ -78,10 +78,11 @@ def names(config: PipelineConfig) -> list[str]:
 def _contender(pipeline: Pipeline, config: PipelineConfig, images: ImageShards, name: str) -> tuple[Artifact, Artifact]:
     """A trained model and its bits."""
     kind, _, seed = name.rpartition("-")
+    number = int(seed) - config.train.seed
     config = dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, seed=int(seed)),
-        train_prior=dataclasses.replace(config.train_prior, seed=int(seed)),
+        train_prior=dataclasses.replace(config.train_prior, seed=config.train_prior.seed + number),
     )
     pipeline = dataclasses.replace(pipeline, config=config_to_manifest(config))  # what a manifest can be replayed by
     samples = config.compare.report_samples

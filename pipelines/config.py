@@ -9,6 +9,7 @@ from vqvae_core.augment import AugmentConfig
 from vqvae_core.checkpoint import config_from_json
 from vqvae_core.contender import NAMES
 from vqvae_core.decoding import ImageFormat
+from vqvae_core.errors import InputError
 from vqvae_core.pixelcnn import PixelCNNConfig
 from vqvae_core.sampler import Draw
 from vqvae_core.second_stage import SecondStageConfig
@@ -105,7 +106,7 @@ class CompareConfig:
     models: tuple[str, ...] = NAMES
     """Out of vae, vqvae, vimco (categorical) and vimco_gaussian."""
     seeds: int = 1
-    """Trainings of each model, with the seeds of its schedule and the ones after it."""
+    """Trainings of each model, with the seeds of the schedules and the ones after them."""
     train_samples: int = 50
     """S of VIMCO's training."""
     report_samples: tuple[int, ...] = (50,)
@@ -121,8 +122,9 @@ class CompareConfig:
             raise ValueError(
                 f"train_samples must be at least 2 (VIMCO learns from differences), was {self.train_samples}"
             )
-        if not self.report_samples or min(self.report_samples) < 1:
-            raise ValueError(f"report_samples must be numbers of at least 1, were {self.report_samples}")
+        found = self.report_samples
+        if not found or min(found) < 1 or len(set(found)) < len(found):
+            raise ValueError(f"report_samples must be different numbers of at least 1, were {found}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,8 @@ class Resources:
     micro_batch: int | None = None
     """Samples that a device takes at once; a larger share of the batch is taken in parts. None: all at once."""
     decode_mebibytes: int = 2048
-    """Memory for the activations of a VAE's and VIMCO's decodings on a device; what is beyond it is computed twice."""
+    """Memory for the activations of a VAE's and VIMCO's decodings on a device. Where they do not fit at once, all are
+    computed twice, in parts that do."""
     side_by_side: int = 1
     """Trainings of compare.py at one time, each with its share of the CPUs or GPUs."""
     compile: bool = True
@@ -249,6 +252,19 @@ class PipelineConfig:
     """How often it is trained, and what is shown of it."""
     resources: Resources = field(default_factory=Resources)
     """Workers, CPUs, GPUs: never part of a fingerprint."""
+
+
+def check_equal_steps(config: PipelineConfig, *names: str) -> None:
+    """Raises `InputError` where trainings that are compared, by these schedules of the config, may end at other
+    steps."""
+    for name in names:
+        patience = getattr(config, name).patience
+        if patience is not None:
+            option = f"--{name.replace('_', '-')}.patience"
+            raise InputError(
+                f"expected no patience, since models are compared after as many steps each, found {patience}; "
+                f"give {option} None"
+            )
 
 
 def recipe_of(config: Any) -> Any:

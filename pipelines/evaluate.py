@@ -23,11 +23,10 @@ from pipelines.data_report import jpeg_notes
 from pipelines.extractor import Extractor, NamedFile, Network, PerceptualDistance
 from pipelines.image_metrics import num_scales
 from pipelines.measure_bits import check_parts, held_out
-from pipelines.meter import IMAGES, STAGING, Meter, decoded, read_arrays, read_part, tokens_of
+from pipelines.meter import IMAGES, STAGING, Meter, read_arrays, read_part, tokens_of
 from pipelines.progress import Progress
 from pipelines.sample import KIND as SAMPLES_KIND
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards
-from pipelines.tokenize_images import encoded
 from pipelines.train_vqvae import png
 from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.augment import centre_crop
@@ -38,6 +37,7 @@ from vqvae_core.images import grid
 from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.metrics import PooledPSNR, entropy_bits, mean_perplexity, usage
 from vqvae_core.prior_training import latent_bits_per_dim
+from vqvae_core.round_trip import decoded, encoded
 from vqvae_core.token_shards import TokenShards, as_taken
 from vqvae_core.vqvae import VQVAE
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from vqvae_core.artifacts import hash_bytes
 from vqvae_core.errors import InputError
+from vqvae_core.round_trip import filled
 from vqvae_core.storage import Folder
 
 _BATCH = 32  # where the network takes any number
@@ -100,8 +101,8 @@ class Network:
         for start in range(0, len(pictures[0]), batch):
             parts = [each[start : start + batch] for each in pictures]
             count = len(parts[0])
-            filled = [torch.cat([part, part[-1:].expand(batch - count, -1, -1, -1)]) for part in parts]
-            values = {name: self._input(part) for name, part in zip(self._names, filled, strict=True)}
+            inputs = zip(self._names, parts, strict=True)
+            values = {name: self._input(filled(part, batch)) for name, part in inputs}
             found.append(self._run(values, batch)[:count])
         return np.concatenate(found)
 

@@ -16,7 +16,7 @@ from vqvae_core.artifacts import Artifact, FileEntry
 from vqvae_core.contender import TITLES, VQ_VAE
 from vqvae_core.image_shards import ImageShards
 
-VERSION = 2
+VERSION = 3
 KIND = "LikelihoodTable"
 MARKDOWN, CSV, JSON = "table.md", "table.csv", "table.json"
 _BOUNDS = {
@@ -159,12 +159,14 @@ def markdown(summary: list[Row], settings: Mapping[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join([TITLES[line["model"]], *cells, line["bound"]]) + " |")
     first = summary[0]
+    trained = [line["samples_in_training"] for line in summary if line["samples_in_training"] is not None]
+    vimco = f"; VIMCO trained with S = {trained[0]}" if trained else ""
     seeds = ", ".join(map(str, first["seeds"]))
     lines += [
         "",
         f"Bits/dim (lower is better): the mean over {first['images']:,} images of the {first['split']} split, and over "
-        f"the seeds {seeds} (least to greatest). {settings['steps']:,} steps each, p(x|z): {settings['likelihood']}; "
-        f"VIMCO trained with S = {settings['train_samples']}. All are bounds on -log2 p(x). The latents' cost is that "
+        f"the seeds {seeds} (least to greatest). {settings['steps']:,} steps each, p(x|z): "
+        f"{settings['likelihood']}{vimco}. All are bounds on -log2 p(x). The latents' cost is that "
         "under the prior of training: log2 K a code of the VQ-VAE (the uniform prior), the KL of a VAE.",
         "",
         *(line for note in settings["notes"] for line in (note, "")),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipelines.meter import decoded, tokens_of
+from pipelines.meter import tokens_of
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
 from pipelines.tokenize_images import read_shard
@@ -23,6 +23,7 @@ from vqvae_core.image_shards import ImageShards
 from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.prior import Prior
 from vqvae_core.prior_training import grid_nll_nats
+from vqvae_core.round_trip import decoded
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShards, as_taken
 from vqvae_core.train import to_device

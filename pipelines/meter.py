@@ -18,15 +18,15 @@ from pipelines.image_metrics import ms_ssim, ssim
 from pipelines.index import to_parquet
 from pipelines.sample import KIND as SAMPLES_KIND
 from pipelines.stage import write_sidecar
-from pipelines.tokenize_images import encoded, read_shard
+from pipelines.tokenize_images import read_shard
 from vqvae_core.artifacts import Artifact, ArtifactError, FileEntry
 from vqvae_core.augment import centre_crop
 from vqvae_core.decoding import decode
 from vqvae_core.errors import InputError
-from vqvae_core.images import images_to_pixels, pixels_to_images
 from vqvae_core.metrics import squared_errors
 from vqvae_core.prior import Prior
 from vqvae_core.prior_training import grid_nll_nats
+from vqvae_core.round_trip import decoded, encoded
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShards, as_taken, read_parquet
 from vqvae_core.vqvae import VQVAE
@@ -34,7 +34,6 @@ from vqvae_core.vqvae_training import counts_of
 
 STAGING = "staging"
 _BATCH = 16
-_SMALL_BATCH = 4  # for a likelihood with hundreds of channels
 IMAGES = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -87,28 +86,6 @@ def tokens_of(shards: TokenShards, name: str, keys: list[str]) -> Tensor | None:
             "others; tokenize them again"
         )
     return torch.from_numpy(table.tokens.astype(np.int64))
-
-
-@torch.no_grad()
-def decoded(model: VQVAE, tokens: Tensor, pixels: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Reconstructions, uint8 (N, H, W, 3), of tokens, as `VQVAE.decode` makes them, and, where pixels are given and the
-    likelihood has bits, -log p(pixels | tokens), float64 (N,). The last batch is filled up: how many images there are
-    rounds none otherwise."""
-    size = _BATCH if model.likelihood.num_channels <= 64 else _SMALL_BATCH
-    made, nats = [], []
-    for start in range(0, len(tokens), size):
-        part = tokens[start : start + size]
-        count = len(part)
-        output = model.decoder(model.quantizer.lookup(_filled(part, size).to(model.device)))
-        made.append(images_to_pixels(model.likelihood.mean(output))[:count].cpu())
-        if pixels is not None and model.likelihood.has_bits:
-            images = pixels_to_images(_filled(pixels[start : start + size], size).to(model.device))
-            nats.append(model.likelihood.nll_nats(output, images)[:count].double().cpu())
-    return torch.cat(made), torch.cat(nats) if nats else None
-
-
-def _filled(part: Tensor, size: int) -> Tensor:
-    return torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
 
 
 class _Models:

@@ -95,17 +95,6 @@ def resolve(config: PipelineConfig, names: Sequence[str] = _SCHEDULES) -> Pipeli
     return dataclasses.replace(config, **resolved)
 
 
-def check_equal_steps(config: PipelineConfig, name: str) -> None:
-    """Raises `InputError` where trainings that are compared, by this schedule of the config, may end at other steps."""
-    patience = getattr(config, name).patience
-    if patience is not None:
-        option = f"--{name.replace('_', '-')}.patience"
-        raise InputError(
-            f"expected no patience, since models are compared after as many steps each, found {patience}; "
-            f"give {option} None"
-        )
-
-
 def _summary(pipeline: Pipeline, seconds: float, report: str | None) -> str:
     work = sum(stage.work_seconds for stage in pipeline.reports)
     share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""

@@ -26,7 +26,6 @@ from pipelines.config import Resources, SampleConfig, recipe_of
 from pipelines.preflight import check_place
 from pipelines.progress import Progress
 from pipelines.stage import Made, Pipeline, WorkClock, Workspace, encode_shards, write_sidecar
-from pipelines.tokenize_images import encoded
 from pipelines.tracking import Tracker
 from pipelines.train_vqvae import png
 from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, hash_json
@@ -37,6 +36,7 @@ from vqvae_core.images import grid, resize_and_crop
 from vqvae_core.pixelcnn import NO_LABEL, NOTHING, Condition
 from vqvae_core.prior import KIND as PRIOR_KIND
 from vqvae_core.prior import Prior
+from vqvae_core.round_trip import encoded, filled
 from vqvae_core.sampler import Draw, Given, Sampler, check_guidance
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import write_parquet
@@ -237,10 +237,7 @@ class Drawer:
 def _decoded(vqvae: VQVAE, tokens: torch.Tensor) -> np.ndarray:
     """Pixels of tokens, so many at once, the last ones filled up, that how many there are rounds no pixel otherwise."""
     size = 1 if vqvae.device.type == "cpu" else _DECODED_ON_GPU
-    found = []
-    for part in tokens.split(size):
-        filled = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
-        found.append(vqvae.decode(filled)[: len(part)].cpu().numpy())
+    found = [vqvae.decode(filled(part, size))[: len(part)].cpu().numpy() for part in tokens.split(size)]
     return np.concatenate(found)
 
 

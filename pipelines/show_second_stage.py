@@ -28,7 +28,7 @@ from vqvae_core.second_stage import SecondStage
 from vqvae_core.token_shards import TokenShards
 from vqvae_core.vqvae import VQVAE
 
-VERSION = 2
+VERSION = 3
 KIND = "SecondStageReport"
 DECODINGS, WALK, TABLE = "decodings.png", "walk.png", "table.json"
 _SCALE = 2
@@ -44,6 +44,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "total_nats": ("NLL + codes", "NLL with z + log K for each code: a bound on -log p(tokens)"),
     "codes_nats": ("entropy of the codes", "the sum of those of their use: the most nats an image that z can tell"),
     "perplexity": ("perplexity of latent", "2 to the entropy of code use over the validation split"),
+    "usage": ("usage of latent", "the share of its codes that occur in the validation split"),
     "vae_kl_nats": ("KL of the VAE", "of the Gaussian posterior to N(0, 1), nats an image; near 0: collapsed"),
     "vae_nll_nats": ("NLL of the VAE", "-log p(tokens | z) for a draw of z, nats an image"),
     "vae_total_nats": ("NLL + KL of the VAE", "the negative ELBO: a bound on -log p(tokens)"),
@@ -137,7 +138,7 @@ def figures_of(facts: Mapping[str, Mapping[str, Any]]) -> Row:
     row["total_nats"] = codes["total_nats"]
     perplexities = {name: codes[name] for name in codes if name.startswith("perplexity_")}
     row["codes_nats"] = sum(map(math.log, perplexities.values()))
-    row |= perplexities
+    row |= perplexities | {name: codes[name] for name in codes if name.startswith("usage_")}
     return row | {f"vae_{name}": vae[name] for name in ("kl_nats", "nll_nats", "total_nats")}
 
 
@@ -222,7 +223,8 @@ def _walk(
         others = torch.randperm(num_codes, generator=generator)
         others = others[others != codes[latent].cpu()].to(codes.device)
         count = config.num_changes - 1
-        changed[latent, 1:, latent] = others.repeat(-(-count // max(1, len(others))))[:count]
+        if len(others):  # a table of one code has no other
+            changed[latent, 1:, latent] = others.repeat(-(-count // len(others)))[:count]
     rows = changed.flatten(0, 1)
     made = _decoded(vqvae, second.sample(rows, [config.seed] * len(rows), draw=config.draw).tokens)
     made = made.reshape(num_latents, config.num_changes, *rebuilt.shape)

@@ -20,13 +20,13 @@ from vqvae_core.artifacts import Artifact, FileEntry, FileTable
 from vqvae_core.augment import centre_crop
 from vqvae_core.errors import InputError
 from vqvae_core.image_shards import ImageShards
+from vqvae_core.round_trip import encoded
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import KIND, TokenShape, TokenShards, write_parquet
 from vqvae_core.train import to_device
 from vqvae_core.vqvae import STRIDE, VQVAE
 
 VERSION = 2
-_BATCH = 16
 
 
 def tokenize_images(pipeline: Pipeline, images: ImageShards, model: Artifact) -> TokenShards:
@@ -149,17 +149,6 @@ class Encoder:
         file = FileEntry.of(f"{name}.parquet", data, rows=len(tokens))
         write_sidecar(folder, job["work"], name, file)
         return {"rows": len(tokens)}
-
-
-def encoded(model: VQVAE, pixels: torch.Tensor) -> torch.Tensor:
-    """Tokens, int64 (N, H/4, W/4) or (N, H/4, W/4, G), of pixels, uint8 (N, H, W, 3): the same for an image however
-    many others there are, since the last batch is filled up."""
-    found = []
-    for start in range(0, len(pixels), _BATCH):
-        batch = pixels[start : start + _BATCH]
-        count = len(batch)
-        found.append(model.encode(torch.cat([batch, batch[-1:].expand(_BATCH - count, -1, -1, -1)]))[:count].cpu())
-    return torch.cat(found)
 
 
 if __name__ == "__main__":

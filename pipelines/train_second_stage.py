@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from pipelines import cli, ray_train
-from pipelines.config import PipelineConfig, config_to_manifest, recipe_of
-from pipelines.program import check_equal_steps, conduct
+from pipelines.config import PipelineConfig, check_equal_steps, config_to_manifest, recipe_of
+from pipelines.program import conduct
 from pipelines.second_stage_report import REPORT, make_second_stage_report
 from pipelines.shard import shard
 from pipelines.show_second_stage import show_second_stage, tell

@@ -1,6 +1,7 @@
 """The benchmark of the paper's table: visits go on, and their last line says what was done."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from pipelines.presets import PRESETS
 from tests.pipelines.data import frame
 from tests.pipelines.test_cli import ROOT
 from vqvae_core.images import encode
+from vqvae_core.train import NonFiniteLossError
 
 
 @pytest.fixture
@@ -64,16 +66,120 @@ def test_visits_go_on(cifar: Path, small: None, tmp_path: Path, capsys, monkeypa
             assert again["figures"]["models"][name][key] == row[key], (name, key)
 
 
-def test_a_folder_without_data_says_what_it_wants(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"expected train\*.parquet in .*, found none"):
-        paper_cifar10.main(["--data", str(tmp_path), "--states", str(tmp_path)])
+def test_a_visit_that_is_killed_loses_a_minute(
+    cifar: Path, small: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wrote states before its end, and the next visit leaves the figures of one that was not killed."""
+    base = ["--data", str(cifar), "--preset", "cifar10-small", "--steps", "7", "--measure", "10", "--models", "vimco"]
+    paper_cifar10.main([*base, "--states", str(tmp_path / "one"), "--seconds", "600"])
+    whole = last_line(capsys)["figures"]["models"]["vimco"]
+    calls = iter([0.0, 0.0, *(70.0 * step for step in range(1, 6))])  # 70 s a step
+
+    def clock() -> float:
+        for now in calls:
+            return now
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(bare.time, "monotonic", clock)
+    with pytest.raises(RuntimeError, match="killed"):
+        paper_cifar10.main([*base, "--states", str(tmp_path / "two"), "--seconds", "1000"])
+    later = iter(range(10**6))
+    monkeypatch.setattr(bare.time, "monotonic", lambda: next(later) / 1000)
+    capsys.readouterr()
+    assert paper_cifar10.main([*base, "--states", str(tmp_path / "two"), "--seconds", "0"]) in (0, 1)
+    assert last_line(capsys)["figures"]["models"]["vimco"]["steps"] == 5
+    paper_cifar10.main([*base, "--states", str(tmp_path / "two"), "--seconds", "600"])
+    again = last_line(capsys)["figures"]["models"]["vimco"]
+    for key in ("total_bits_per_dim", "curve", "steps"):
+        assert again[key] == whole[key], key
 
 
-def test_a_density_has_no_bits(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="expected a likelihood with bits for the table, found a density; set vqvae"):
-        paper_cifar10.main(
-            ["--data", str(tmp_path), "--states", str(tmp_path), "--set", "vqvae.likelihood.kind=density"]
-        )
+def test_time_that_is_not_needed_goes_to_the_next(
+    cifar: Path, small: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def measured(name, *parts, seconds, compiled):
+        given.append(seconds)
+        return {"steps": 1}, {"vae": 10.0, "vqvae": 45.0}.get(name, 45.0)
+
+    monkeypatch.setattr(paper_cifar10, "measured", measured)
+    base = ["--data", str(cifar), "--preset", "cifar10-small", "--states", str(tmp_path)]
+    assert paper_cifar10.main([*base, "--seconds", "90"]) == 0
+    assert given == [30.0, 40.0, 35.0]
+
+
+def test_a_model_that_diverges_does_not_cost_the_others(
+    cifar: Path, small: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(name, *parts, seconds, compiled):
+        if name == "vqvae":
+            raise NonFiniteLossError("expected finite numbers, found loss = nan")
+        return {"steps": 1}, 1.0
+
+    monkeypatch.setattr(paper_cifar10, "measured", measured)
+    assert paper_cifar10.main(["--data", str(cifar), "--preset", "cifar10-small", "--states", str(tmp_path)]) == 1
+    rows = last_line(capsys)["figures"]["models"]
+    assert "found loss = nan" in rows["vqvae"]["error"] and rows["vimco"] == {"steps": 1}
+
+
+def test_a_vqvae_is_measured_by_the_codes_of_its_training(
+    cifar: Path, small: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 ones where it was trained in bf16, though all else is in fp32."""
+    seen = []
+
+    def measured(name, model, *parts):
+        seen.append((model.encodes_in_bf16, parts[2]))
+        return {"total_bits_per_dim": 1.0}
+
+    monkeypatch.setattr(paper_cifar10, "figures", measured)
+    base = ["--data", str(cifar), "--preset", "cifar10-small", "--steps", "1", "--models", "vqvae"]
+    for precision in ("fp32", "bf16"):
+        paper_cifar10.main([*base, "--states", str(tmp_path), "--set", f"train.precision={precision}"])
+        assert last_line(capsys)["settings"]["precision"] == precision
+    assert seen == [(False, "fp32"), (True, "fp32")]
+
+
+def refused(capsys: pytest.CaptureFixture[str], data: Path, *more: str) -> str:
+    """What it says where it exits with 2."""
+    assert paper_cifar10.main(["--data", str(data), "--states", str(data), *more]) == 2
+    return capsys.readouterr().err
+
+
+def test_a_folder_without_data_says_what_it_wants(tmp_path: Path, capsys) -> None:
+    assert "expected train*.parquet in " in refused(capsys, tmp_path)
+
+
+def test_a_density_has_no_bits(tmp_path: Path, capsys) -> None:
+    said = refused(capsys, tmp_path, "--set", "vqvae.likelihood.kind=density")
+    assert "expected a likelihood with bits for the table, found a density; set vqvae" in said
+
+
+def test_bad_values_say_what_is_wrong(cifar: Path, capsys) -> None:
+    assert "expected 0 or more images after --measure, found -1" in refused(capsys, cifar, "--measure", "-1")
+    assert "steps must be at least 1, was 0" in refused(capsys, cifar, "--steps", "0")
+    assert "expected a field that this program reads" in refused(capsys, cifar, "--set", "prior.use-labels=true")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"label": [0]}, "expected a column img or image in .*, found label"),
+        ({"img": [{"bytes": None, "path": "a.png"}]}, "expected an image as a struct with bytes in row 0 of "),
+        ({"img": [{"bytes": b"no image", "path": None}]}, "expected an image in row 0 of .*, but: "),
+        ({"img": [{"bytes": encode(frame(0, size), "png"), "path": None} for size in (32, 16)]},
+         r"expected images of one size in train\*.parquet of .*, found \[\(16, 16, 3\), \(32, 32, 3\)\]"),
+    ],
+)  # fmt: skip
+def test_bad_files_say_what_is_wrong(tmp_path: Path, capsys, table: dict, message: str) -> None:
+    pq.write_table(pa.table(table), tmp_path / "train-0.parquet")
+    assert re.search(message, refused(capsys, tmp_path))
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path, capsys) -> None:
+    (tmp_path / "train-0.parquet").write_bytes(b"no Parquet")
+    assert "expected a Parquet file at " in refused(capsys, tmp_path)
 
 
 def test_splits_are_disjoint_and_whole(cifar: Path) -> None:

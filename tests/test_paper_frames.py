@@ -1,6 +1,7 @@
 """The benchmark of first stage and prior in visits: what it trains goes on, is judged and is shown."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from benchmarks import bare, paper_frames
 from pipelines.presets import PRESETS
 from tests.test_paper_cifar10 import check_bare
 from tests.vqvae_core.shards import make_images
+from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
+from vqvae_core.train_config import best_precision
 
 SMALL = ("train.steps=7", "train.batch-size=8", "train.validate-every=3", "train-prior.steps=6",
          "train-prior.batch-size=8", "vqvae.quantizer.num-codes=8")  # fmt: skip
@@ -21,6 +24,13 @@ def run(capsys: pytest.CaptureFixture[str], shards: Path, to: Path, *more: str) 
     where = ["--shards", str(shards), "--states", str(to / "states"), "--out", str(to / "out")]
     code = paper_frames.main([*where, "--preset", "smoke", *more, "--set", *SMALL])
     return code, json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def refused(capsys: pytest.CaptureFixture[str], shards: Path, to: Path, *more: str) -> str:
+    """What it says where it exits with 2."""
+    where = ["--shards", str(shards), "--states", str(to / "states"), "--out", str(to / "out")]
+    assert paper_frames.main([*where, "--preset", "smoke", *more]) == 2
+    return capsys.readouterr().err
 
 
 @pytest.fixture
@@ -54,26 +64,40 @@ def test_visits_go_on(shards: Path, tmp_path: Path, capsys, monkeypatch: pytest.
 
 
 def test_without_a_state_or_time_it_says_so(shards: Path, tmp_path: Path, capsys) -> None:
-    with pytest.raises(SystemExit, match=r"expected a state of the VQ-VAE in .*, or --seconds above 0, found neither"):
-        run(capsys, shards, tmp_path / "one", "--seconds", "0")
+    assert "expected a state of the VQ-VAE in " in refused(capsys, shards, tmp_path, "--seconds", "0")
 
 
 def test_a_folder_without_shards_says_so(tmp_path: Path, capsys) -> None:
-    with pytest.raises(SystemExit, match=r"expected a finished artifact at .*, found no manifest.json"):
-        run(capsys, tmp_path / "nowhere", tmp_path / "one")
+    assert "expected a finished artifact at " in refused(capsys, tmp_path / "nowhere", tmp_path)
 
 
 def test_a_field_that_is_none_says_so() -> None:
-    with pytest.raises(SystemExit, match="train.stepps"):
-        bare.preset("smoke", ["train.stepps=3"])
+    with pytest.raises(InputError, match="train.stepps"):
+        bare.preset("smoke", ["train.stepps=3"], ["train."], "cpu")
+
+
+@pytest.mark.parametrize("field", ["augment.flip=true", "shard.image-size=64", "compare.seeds=2"])
+def test_a_field_that_is_not_read_says_so(field: str) -> None:
+    """It would stand in the result as if it had been."""
+    with pytest.raises(InputError, match=r"expected a field that this program reads \(train\., .*\), found "):
+        bare.preset("smoke", [field], paper_frames._READS, "cpu")
+
+
+@pytest.mark.parametrize("schedule", ["train", "train-prior"])
+def test_patience_is_refused(schedule: str) -> None:
+    """A schedule that ends early never has all its steps."""
+    with pytest.raises(InputError, match=f"found 2; give --{schedule}.patience None"):
+        bare.preset("smoke", [f"{schedule}.patience=2"], paper_frames._READS, "cpu")
 
 
 def test_fields_take_other_values() -> None:
-    config = bare.preset("cifar10", ["train.learning-rate=1e-3", "train.schedule=cosine"])
-    assert config.train.learning_rate == 1e-3 and config.train.schedule == "cosine"
-    assert bare.preset("cifar10", []) == PRESETS["cifar10"][0]
-    with pytest.raises(SystemExit, match="expected FIELD=VALUE, .* found 'train.steps'"):
-        bare.preset("smoke", ["train.steps"])
+    config = bare.preset("cifar10", ["train.learning-rate=1e-3", "train.precision=fp32"], ["train."], "cpu")
+    assert config.train.learning_rate == 1e-3 and config.train.precision == "fp32"
+    assert config.train_prior.precision == best_precision("cpu")
+    whole = PRESETS["cifar10"][0]
+    assert replace(bare.preset("cifar10", [], [], "cpu"), train=whole.train, train_prior=whole.train_prior) == whole
+    with pytest.raises(InputError, match="expected FIELD=VALUE, .* found 'train.steps'"):
+        bare.preset("smoke", ["train.steps"], ["train."], "cpu")
 
 
 @pytest.mark.slow

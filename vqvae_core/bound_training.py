@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vqvae_core.fp32 import whole_fp32
 from vqvae_core.images import images_on, images_to_pixels
 from vqvae_core.latent_model import decodings_in
 from vqvae_core.likelihood import bits_per_dim
@@ -22,7 +23,8 @@ _BATCH = 50  # images that are measured together
 
 class BoundTraining:
     """The `Trainable` of a VAE or of VIMCO. num_samples: S, of VIMCO at least 2. mebibytes: memory for the activations
-    of decodings; what is beyond it is computed twice. validation: uint8 (N, H, W, 3), fixed."""
+    of decodings: where they do not fit at once, all are computed twice, in parts that do. validation: uint8
+    (N, H, W, 3), fixed."""
 
     def __init__(
         self,
@@ -93,8 +95,8 @@ def _sites(pixels: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Measured:
-    """Means over some images: bits_per_dim, the bound of each number of samples; and of a VAE the two parts of its
-    ELBO."""
+    """Means over some images: bits_per_dim, the bound of each number of samples, of a VAE of one number; and of a VAE
+    the two parts of its ELBO."""
 
     bits_per_dim: dict[int, float]
     reconstruction_bits_per_dim: float | None = None
@@ -102,6 +104,7 @@ class Measured:
 
 
 @torch.no_grad()
+@whole_fp32()
 def measure(
     model: VAE | VIMCO,
     pixels: Tensor,
@@ -114,7 +117,8 @@ def measure(
     """Bounds on -log2 p of uint8 (N, H, W, 3), the mean over images, by the first S of the largest number of draws.
     first: place of the first image in its split, which its draws are a function of.
 
-    Of a VAE the ELBO, whose KL is in closed form, each number of samples being the draws that it is the mean of.
+    Of a VAE one figure, its ELBO, by the most samples: the draws that the reconstruction is the mean of; its KL is in
+    closed form.
     """
     most, num_dims = max(samples), pixels[0].numel()
     found: dict[int, list[Tensor]] = {number: [] for number in samples}

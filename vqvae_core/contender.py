@@ -12,12 +12,13 @@ from vqvae_core.checkpoint import config_from_json, load_model
 from vqvae_core.errors import InputError
 from vqvae_core.latent_model import decodings_in
 from vqvae_core.likelihood import bits_per_dim, make_likelihood
-from vqvae_core.train import Trainable, Worker
+from vqvae_core.round_trip import decoded, encoded
+from vqvae_core.train import Trainable, Worker, autocast
 from vqvae_core.train_config import Precision
 from vqvae_core.vae import VAE
 from vqvae_core.vimco import CategoricalVIMCO, GaussianVIMCO
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
-from vqvae_core.vqvae_training import VQVAETraining, nll_nats, uniform_bits_per_dim
+from vqvae_core.vqvae_training import VQVAETraining, uniform_bits_per_dim
 
 KIND = "BaselineModel"
 VQ_VAE = "vqvae"
@@ -88,7 +89,10 @@ def figures(
     each number of samples, the first of which is its total. first: place of the first image in its split, by which
     latents are drawn."""
     if name == VQ_VAE:
-        return vqvae_figures(model.config, nll_nats(model, pixels, precision, device), pixels.shape[1:3])
+        with autocast(device, precision):
+            _, nats = decoded(model, encoded(model, pixels), pixels)
+        assert nats is not None, "the likelihood has bits"
+        return vqvae_figures(model.config, nats, pixels.shape[1:3])
     at_once = decodings_in(mebibytes, model.config, *pixels.shape[1:3])
     if name == "vae":
         found = measure(model, pixels, (1,), precision, device, at_once, first)

@@ -43,7 +43,8 @@ class LatentModel(nn.Module, ABC):
         self, latents: Float[Tensor, "b s c h4 w4"], images: Float[Tensor, "b 3 h w"], at_once: int | None = None
     ) -> Float[Tensor, "b s"]:
         """-log p(x | z) of S latents (B, S, C, H/4, W/4) of each image, (B, S). at_once: decodings whose activations
-        are kept for the gradient together; more are computed again when it is taken."""
+        are kept for the gradient together; where there are more, all are computed again when it is taken, so many at a
+        time."""
         batch, samples = latents.shape[:2]
         flat = latents.flatten(0, 1)
         owners = torch.arange(batch, device=images.device).repeat_interleave(samples)

@@ -11,8 +11,9 @@ from torch import Tensor
 from vqvae_core.artifacts import Artifact, ArtifactError
 from vqvae_core.checkpoint import config_from_json, load_model, save_model
 from vqvae_core.errors import InputError
+from vqvae_core.fp32 import whole_fp32
 from vqvae_core.pixelcnn import NO_LABEL, NOTHING, Condition, PixelCNN, PixelCNNConfig
-from vqvae_core.sampler import AS_IT_IS, Draw, Drawn, Given, Sampler, whole_fp32
+from vqvae_core.sampler import AS_IT_IS, Draw, Drawn, Given, Sampler
 from vqvae_core.shapes import Float, Integer
 from vqvae_core.storage import Folder
 from vqvae_core.token_shards import TokenShape

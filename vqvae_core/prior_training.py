@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from vqvae_core.fp32 import whole_fp32
 from vqvae_core.metrics import entropy_bits
 from vqvae_core.order import mix
 from vqvae_core.pixelcnn import NO_LABEL, Condition, PixelCNN
@@ -86,6 +87,7 @@ def bits_per_token(
 
 
 @torch.no_grad()
+@whole_fp32()
 def grid_nll_nats(
     model: PixelCNN, tokens: Tensor, labels: Tensor, precision: Precision, device: str = "cpu", batch_size: int = 64
 ) -> Tensor:

@@ -5,12 +5,11 @@ horizontal stack a site at a time, from what its row has to the left. Each sampl
 its batch nor its worker changes a draw, but where two codes are equally likely to the last digits.
 """
 
-import contextlib
 import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae_core.errors import InputError
+from vqvae_core.fp32 import whole_fp32
 from vqvae_core.noise import gumbel_noise
 from vqvae_core.pixelcnn import NO_LABEL, NOTHING, Condition, GatedLayer, PixelCNN
 
@@ -122,22 +122,6 @@ def sample(
     Raises `InputError` where the condition or what is given does not fit the prior.
     """
     return Sampler(prior, len(seeds), draw, dtype).sample(seeds, condition, given)
-
-
-@contextlib.contextmanager
-def whole_fp32() -> Iterator[None]:
-    """Products in all digits of fp32, where torch may be set to round their inputs (TF32, bf16), which changes
-    tokens."""
-    backends: Any = torch.backends
-    places = backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv
-    before = [place.fp32_precision for place in places]
-    for place in places:
-        place.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
 
 
 def _bias(convolution: nn.Conv2d) -> Tensor:

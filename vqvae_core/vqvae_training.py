@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vqvae_core.fp32 import whole_fp32
 from vqvae_core.images import grid, images_on
 from vqvae_core.likelihood import bits_per_dim
 from vqvae_core.metrics import PooledPSNR, mean_perplexity, usage
@@ -167,6 +168,7 @@ def evaluate(model: VQVAE, pixels: Tensor, precision: Precision, device: str = "
 
 
 @torch.no_grad()
+@whole_fp32()
 def nll_nats(
     model: VQVAE, pixels: Tensor, precision: Precision, device: str = "cpu", batch_size: int | None = None
 ) -> Float[Tensor, "n"]:

@@ -9,13 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cluster.session import Session
 from pipelines import compare, compare_report, likelihood_table
 from pipelines.config import CompareConfig
 from pipelines.likelihood_table import csv_of, markdown, order, rows_of, summarize
+from pipelines.presets import PRESETS
+from pipelines.stage import Pipeline
+from pipelines.tracking import Tracker
 from tests.pipelines.data import write_cifar10
 from tests.pipelines.test_cli import ROOT
 from vqvae_core.artifacts import MANIFEST, Artifact, FileEntry, commit
@@ -75,6 +80,27 @@ def test_seeds_become_a_mean_and_a_spread() -> None:
     assert "the seeds 0, 1, 2" in text and "S = 3" in text and text.endswith("\n\nImages are JPEG.\n")
 
 
+def test_a_table_without_vimco_says_nothing_of_it() -> None:
+    text = markdown(summarize([row for row in rows(2) if not row["model"].startswith("vimco")]), SETTINGS)
+    assert "| VAE |" in text and "VIMCO" not in text
+
+
+def test_seeds_of_both_schedules_go_on_from_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second training of a VQ-VAE, and its prior's."""
+    config = PRESETS["cifar10-small"][0]
+    config = replace(config, train=replace(config.train, seed=4), train_prior=replace(config.train_prior, seed=9))
+    assert compare.names(replace(config, compare=replace(config.compare, seeds=2)))[-1] == "vimco-5"
+    seeds = []
+    monkeypatch.setattr(compare, "train_vqvae", lambda pipeline, config, images: seeds.append(config.train.seed))
+    monkeypatch.setattr(compare, "tokenize_images", lambda *parts: None)
+    monkeypatch.setattr(compare, "train_prior", lambda pipeline, config, tokens: seeds.append(config.train_prior.seed))
+    monkeypatch.setattr(compare, "measure_bits", lambda *parts: None)
+    root = Folder.of(tmp_path)
+    pipeline = Pipeline(root, config.resources, Session(), Tracker(root, "test", {}, "", enabled=False), {})
+    compare._contender(pipeline, config, None, "vqvae-5")  # type: ignore[arg-type]
+    assert seeds == [5, 10]
+
+
 def test_the_papers_order_is_counted() -> None:
     assert order(rows(2)) == {"seeds": 2, "seeds_in_the_papers_order": 2, "seeds_where_a_learned_prior_gains": 2}
     other = rows(2)
@@ -97,7 +123,8 @@ def test_the_papers_order_is_counted() -> None:
         ({"models": ("vae", "vae")}, "models must be different ones"),
         ({"seeds": 0}, "seeds must be at least 1, was 0"),
         ({"train_samples": 1}, "train_samples must be at least 2"),
-        ({"report_samples": (0,)}, "report_samples must be numbers of at least 1"),
+        ({"report_samples": (0,)}, "report_samples must be different numbers of at least 1"),
+        ({"report_samples": (10, 10)}, "report_samples must be different numbers of at least 1"),
     ],
 )
 def test_bad_values(fields: dict, message: str) -> None:

@@ -19,6 +19,7 @@ from tests.pipelines.data import frame
 from tests.pipelines.test_golden import PRIOR_CONFIG, VQVAE_CONFIG, artifact, weights
 from vqvae_core.artifacts import Artifact
 from vqvae_core.checkpoint import save_model
+from vqvae_core.contender import baseline_config, figures, make_model
 from vqvae_core.image_shards import ImageShards, Sample, write_tar
 from vqvae_core.images import encode, pixels_to_images
 from vqvae_core.likelihood import LikelihoodConfig
@@ -98,8 +99,9 @@ def expected(model: VQVAE, prior: Prior) -> dict[str, float]:
     }
 
 
-def test_the_parts_of_a_vqvaes_bits(parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, model, tokens, prior = parts
+@pytest.fixture
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    """One without Ray."""
 
     def one_after_the_other(session, read, encoder, jobs, resources):
         actor = encoder()
@@ -111,7 +113,11 @@ def test_the_parts_of_a_vqvaes_bits(parts, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(measure_bits, "encode_shards", one_after_the_other)
     monkeypatch.setattr(Pipeline, "cpus_per_worker", lambda self: 1)
     root = Folder.of(tmp_path / "root")
-    pipeline = Pipeline(root, Resources(), Session(), Tracker(root, "test", {}, "", enabled=False))
+    return Pipeline(root, Resources(), Session(), Tracker(root, "test", {}, "", enabled=False))
+
+
+def test_the_parts_of_a_vqvaes_bits(parts, pipeline: Pipeline) -> None:
+    images, model, tokens, prior = parts
     found = measure_bits.measure_bits(pipeline, images, "vqvae", model, (1,), tokens, prior).facts
     assert (found["split"], found["images"]) == ("test", 6)
     wanted = expected(VQVAE.of(model), Prior.of(prior))
@@ -123,3 +129,22 @@ def test_the_parts_of_a_vqvaes_bits(parts, tmp_path: Path, monkeypatch: pytest.M
     assert found["total_bits_per_dim"] == pytest.approx(
         wanted["reconstruction_bits_per_dim"] + wanted["latents_bits_per_dim"], rel=1e-6
     )
+
+
+@pytest.mark.parametrize("name", ["vae", "vimco"])
+def test_draws_go_on_from_shard_to_shard(parts, pipeline: Pipeline, tmp_path: Path, name: str) -> None:
+    """The bound of a split is that of its images in one, each with the draws of its own place."""
+    images = parts[0]
+    torch.manual_seed(0)
+    model = make_model(name, CONFIG).eval()
+    files = {
+        "model.safetensors": (save_model(model), 0),
+        "config.json": (baseline_config(name, dataclasses.asdict(CONFIG), 3), 0),
+    }
+    trained = artifact(Folder.of(tmp_path) / "b", "BaselineModel", files, {"precision": "fp32", "image_size": 16})
+    found = measure_bits.measure_bits(pipeline, images, name, trained, (3,)).facts
+    pixels = torch.from_numpy(np.stack([frame(number) for number in TEST]))
+    samples = (3,) if name == "vimco" else (1,)
+    wanted = figures(name, model, pixels, samples, "fp32", "cpu", 512)
+    for figure, value in wanted.items():
+        assert found[figure] == pytest.approx(value, rel=1e-6), figure

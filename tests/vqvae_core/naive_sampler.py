@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from vqvae_core.fp32 import whole_fp32
 from vqvae_core.noise import gumbel_noise
 from vqvae_core.pixelcnn import NOTHING, Condition, PixelCNN
-from vqvae_core.sampler import AS_IT_IS, Draw, Drawn, Given, chosen, whole_fp32
+from vqvae_core.sampler import AS_IT_IS, Draw, Drawn, Given, chosen
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from tests.vqvae_core.test_train import ROWS, SCHEDULE, furthest, pictures, same
 from vqvae_core.checkpoint import StateFolder, TrainingState
 from vqvae_core.contender import NAMES, figures, make_model, make_task
 from vqvae_core.errors import InputError
-from vqvae_core.likelihood import LikelihoodConfig
+from vqvae_core.images import pixels_to_images
+from vqvae_core.likelihood import LikelihoodConfig, bits_per_dim
 from vqvae_core.quantizer import QuantizerConfig
 from vqvae_core.storage import Folder
 from vqvae_core.train import Trainable, Worker, train
 from vqvae_core.train_config import TrainConfig
-from vqvae_core.vqvae import VQVAEConfig
+from vqvae_core.vqvae import VQVAE, VQVAEConfig
 
 CONFIG = VQVAEConfig(
     hidden_channels=8, residual_channels=4, num_residual_blocks=1, commitment_cost=10.0,
@@ -110,6 +111,42 @@ def test_it_learns_and_is_measured(name: str) -> None:
         assert found["total_bits_per_dim"] == pytest.approx(parts)
     if name == "vqvae":
         assert found["latents_bits_per_dim"] == pytest.approx(4 * 4 * 3 * math.log2(16) / (3 * 16 * 16))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_belong_to_an_images_place(name: str) -> None:
+    """A split's figures are the same in parts, each told where it begins: draws are not those of the first images
+    again."""
+    torch.manual_seed(0)
+    model = make_model(name, CONFIG).eval()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(3)  # what is drawn is seen
+    pixels = pictures()[:7]
+
+    def total(first: int, stop: int, place: int) -> float:
+        return figures(name, model, pixels[first:stop], (3,), "fp32", "cpu", 64, place)["total_bits_per_dim"]
+
+    whole = total(0, 7, 0)
+    assert (3 * total(0, 3, 0) + 4 * total(3, 7, 3)) / 7 == pytest.approx(whole, rel=1e-5)
+    if name != "vqvae":  # its codes are not drawn
+        assert (3 * total(0, 3, 0) + 4 * total(3, 7, 0)) / 7 != pytest.approx(whole, rel=1e-5)
+
+
+def test_a_vqvae_is_measured_by_its_own_codes() -> None:
+    """Those of bf16, where it encodes so; they are decoded in fp32."""
+    model = make_model("vqvae", CONFIG).eval()
+    assert isinstance(model, VQVAE)
+    pixels = pictures()
+    tokens = {}
+    for model.encodes_in_bf16 in (False, True):
+        tokens[model.encodes_in_bf16] = model.encode(pixels)
+        with torch.no_grad():
+            output = model.decoder(model.quantizer.lookup(tokens[model.encodes_in_bf16]))
+            nats = model.likelihood.nll_nats(output, pixels_to_images(pixels)).mean()
+        found = figures("vqvae", model, pixels, (1,), "fp32", "cpu", 64)["reconstruction_bits_per_dim"]
+        assert found == pytest.approx(bits_per_dim(float(nats), pixels[0].numel()), rel=1e-6)
+    assert not torch.equal(tokens[False], tokens[True]), "the two would be the same either way"
 
 
 def test_all_have_the_same_encoder_and_decoder() -> None:

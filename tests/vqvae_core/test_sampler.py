@@ -203,7 +203,7 @@ def test_settings_of_precision_are_kept(how: str) -> None:
     """However they were set; in between, products are whole. A process of its own: torch keeps both ways apart."""
     program = f"""
 import torch
-from vqvae_core.sampler import whole_fp32
+from vqvae_core.fp32 import whole_fp32
 b = torch.backends
 places = [b.cuda.matmul, b.cudnn.conv, b.mkldnn.matmul, b.mkldnn.conv]
 {how}
