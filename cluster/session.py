@@ -4,6 +4,8 @@ import contextlib
 import json
 import logging
 import os
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +21,14 @@ AUTOSCALED = "AUTOSCALED_NODES"
 def data_threads() -> list[threading.Thread]:
     """Those of Ray Data in this process that call Ray."""
     return [thread for thread in threading.enumerate() if thread.name.startswith(_DATA_THREADS)]
+
+
+def own_python() -> dict[str, str] | None:
+    """Ray's name for this interpreter where a shell would take its path apart: Ray starts workers that have variables
+    of their own, as those of Ray Train, through one and does not quote it; no worker would ever come. None for other
+    paths."""
+    quoted = shlex.quote(sys.executable)
+    return None if quoted == sys.executable else {"py_executable": quoted}
 
 
 class ResourceError(ValueError):
@@ -70,6 +80,7 @@ class Session:
                     include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
+                    runtime_env=None if os.environ.get("RAY_ADDRESS") else own_python(),
                 )
                 self._owner = True
                 if self.alone:

@@ -133,7 +133,10 @@ class Journal:
             text = json.dumps(list(self._waiting))
         try:
             self._folder.write(self._own_file, text.encode())
-            self._files.add(self._own_file)
+            with contextlib.suppress(OSError, InputError):
+                for name in sorted(self._files - {self._own_file}):  # what they have is in the new one too
+                    self._folder.delete(name)
+            self._files = {self._own_file}
         except (OSError, InputError) as error:  # the curves are in the artifacts as well
             self._say(f"tracking: what waits could not be kept: {_reason(error)}")
         self._saved = time.monotonic()

@@ -1,8 +1,12 @@
 """What the programs have in common that run stages: options, tracking, Ray's session, the way out, the last lines."""
 
 import dataclasses
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.driver_memory import keep_little
@@ -95,13 +99,18 @@ def resolve(config: PipelineConfig, names: Sequence[str] = _SCHEDULES) -> Pipeli
     return dataclasses.replace(config, **resolved)
 
 
+def _mlflow() -> str:
+    """MLflow's program as a shell finds it: by its name, or beside this Python."""
+    return "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
+
+
 def _summary(pipeline: Pipeline, seconds: float, report: str | None) -> str:
     work = sum(stage.work_seconds for stage in pipeline.reports)
     share = f", {100 * work / seconds:.0f} % of it inside stage work" if work else ""
     lines = [f"done in {seconds:.1f} s{share}"]
     tracker = pipeline.tracker
     if tracker.is_file:
-        lines.append(f"runs:   mlflow ui --backend-store-uri {tracker.place}")
+        lines.append(f"runs:   {shlex.quote(_mlflow())} ui --backend-store-uri {shlex.quote(tracker.place)}")
         if tracker.page:
             lines.append(f"        at http://127.0.0.1:5000{tracker.page}")
     elif tracker.uri:

@@ -6,6 +6,7 @@ knows, since its id is the store's to give.
 """
 
 import base64
+import binascii
 import contextlib
 import functools
 import json
@@ -21,10 +22,11 @@ from typing import Any
 
 from pipelines.journal import Entry, Journal, RefusedError
 from vqvae_core.artifacts import Artifact, ArtifactError, canonical_json
-from vqvae_core.storage import Folder
+from vqvae_core.storage import Folder, StorageError, check_name
 
 EXPERIMENT = "vqvae-pipeline"
-_WITHOUT_USER = re.compile(r"//[^/@\s]*@")
+_USER = re.compile(r"(?<=:)//(?!/)\S*@")  # a password may have any sign in it
+_SECRET = re.compile(r"\b(user|password|passwd|pwd|token|secret)=[^&\s]*", re.IGNORECASE)
 _MAX_PARAM_CHARACTERS = 500
 _SECONDS_TO_SEND, _SECONDS_FOR_AN_ID = 120.0, 5.0  # where the store answers
 # The store answers, and would say the same tomorrow. That a password is wrong is mended, and what waits is kept.
@@ -72,7 +74,7 @@ class Tracker:
     @property
     def place(self) -> str:
         """The store without user and password."""
-        return _WITHOUT_USER.sub("//***@", self.uri)
+        return _shown(self.uri)
 
     @property
     def page(self) -> str:
@@ -84,7 +86,8 @@ class Tracker:
         """Open the parent run: the one that an earlier call of the same config in this root began, if there is one."""
         if not self.uri:
             return
-        self._store = _Store(self.uri, f"file://{self._root.path('mlartifacts')}" if self.is_file else None)
+        location = f"file://{self._root.path('mlartifacts')}" if self.is_file else None
+        self._store = _Store(self.uri, location, self._root)
         self._store.connect(first_call=self.is_file)
         self._journal = Journal(self._store.send, self._root, say=_say)
         tags = {"pipeline.root": self._root.uri}
@@ -179,9 +182,10 @@ class StageRun:
 class _Store:
     """Takes a journal's entries to MLflow; each may come twice."""
 
-    def __init__(self, uri: str, location: str | None) -> None:
-        """location: where the artifacts of a new experiment go; None: where the server says."""
-        self._uri, self._location = uri, location
+    def __init__(self, uri: str, location: str | None, root: Folder) -> None:
+        """location: where the artifacts of a new experiment go; None: where the server says. root: what entries tell to
+        log lies in it."""
+        self._uri, self._location, self._root = uri, location, root
         self.experiment: str | None = None
         self._runs: dict[tuple[str, ...], str] = {}
 
@@ -189,7 +193,8 @@ class _Store:
         return self._runs.get(tuple(key))
 
     def send(self, entry: Entry) -> None:
-        """Raises `RefusedError` where MLflow will never take it, anything else where it may later."""
+        """Raises `RefusedError` where MLflow will never take it, or where it is none of this program's: a root may be
+        somebody else's, or a later version's. Anything else where it may be taken later."""
         actions: dict[str, Callable[[Entry], None]] = {
             "open": self._open,
             "points": self._points,
@@ -207,6 +212,8 @@ class _Store:
             if error.error_code in _FINAL:
                 raise RefusedError(str(error)) from error
             raise
+        except (LookupError, TypeError, AttributeError, binascii.Error) as error:
+            raise RefusedError(f"an entry that this version does not know ({entry.get('do')!r})") from error
 
     def connect(self, *, first_call: bool) -> None:
         """Import what is needed, here and not by the journal's thread, beside which others are imported; with a first
@@ -320,19 +327,27 @@ class _Store:
             data = base64.b64decode(entry["data"])
         else:
             try:
-                data = Folder(entry["folder"]).read(entry["path"])
+                data = self._within(entry["folder"]).read(_checked(entry["path"]))
             except FileNotFoundError as error:
                 raise RefusedError(f"{entry['path']} is no longer there") from error
         self._put(run, entry["name"], data, entry.get("below"))
 
+    def _within(self, uri: str) -> Folder:
+        """Raises `RefusedError` for a folder that is not the root or in it."""
+        inside = uri.removeprefix(f"{self._root.uri}/")
+        if uri != self._root.uri and (inside == uri or {"..", "."} & set(inside.split("/"))):
+            raise RefusedError(f"{uri} is not in {self._root.uri}")
+        return Folder(uri)
+
     def _put(self, run: str, name: str, data: bytes, below: str | None = None) -> None:
+        _checked(below or name)
         with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / name
+            path = Path(place) / Path(_checked(name)).name
             path.write_bytes(data)
             self._client.log_artifact(run, str(path), below)
 
     def _finish(self, entry: Entry) -> None:
-        run, artifact = self._run(entry), _opened(entry["artifact"])
+        run, artifact = self._run(entry), _opened(self._within(entry["artifact"]))
         facts = {name: value for name, value in artifact.facts.items() if name != "label_map"}  # it may be long
         numbers = {f"final.{_metric(name)}": value for name, value in _flat(facts).items()}
         seconds = {name: artifact.manifest.provenance[name] for name in ("seconds", "work_seconds")}
@@ -391,11 +406,19 @@ class _Store:
         self._client.set_registered_model_alias(found[0].name, entry["alias"], found[0].version)
 
 
-def _opened(uri: str) -> Artifact:
+def _checked(name: str) -> str:
+    """The relative path of a file. Raises `RefusedError` for anything that could leave its folder."""
     try:
-        return Artifact.open(Folder(uri))
+        return check_name(name)
+    except StorageError as error:
+        raise RefusedError(str(error)) from error
+
+
+def _opened(folder: Folder) -> Artifact:
+    try:
+        return Artifact.open(folder)
     except (FileNotFoundError, ArtifactError) as error:
-        raise RefusedError(f"{uri} cannot be read any more: {error}") from error
+        raise RefusedError(f"{folder.uri} cannot be read any more: {error}") from error
 
 
 def model_name(artifact: Artifact) -> str:
@@ -435,7 +458,12 @@ def _now() -> int:
 
 def _say(line: str) -> None:
     """Print a line without the user and password of any address in it."""
-    print(_WITHOUT_USER.sub("//***@", line), flush=True)
+    print(_shown(line), flush=True)
+
+
+def _shown(text: str) -> str:
+    """A text without the user and password of any address in it."""
+    return _SECRET.sub(r"\1=***", _USER.sub("//***@", text))
 
 
 def _metric(name: str) -> str:

@@ -125,6 +125,11 @@ class Folder:
         """The folder at a path or URI; relative local paths become absolute, since workers have other folders."""
         text = os.fspath(location)
         if text.startswith("s3://"):
+            if "@" in text[5:].partition("/")[0]:  # it would be in manifests, logs and messages; not quoted here either
+                raise StorageError(
+                    "expected s3://bucket/prefix, found one with an @ before the prefix; keys are given by "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile by AWS_PROFILE, not in an address"
+                )
             return cls(text.rstrip("/"))
         if "://" in text:
             raise StorageError(f"expected a local path or s3://bucket/prefix, found {text!r}")

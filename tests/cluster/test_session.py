@@ -1,4 +1,7 @@
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -6,9 +9,10 @@ import pytest
 import ray
 
 from cluster.local import LocalCluster
-from cluster.session import AUTOSCALED, ResourceError, Session, data_threads
+from cluster.session import AUTOSCALED, ResourceError, Session, data_threads, own_python
 from pipelines.config import Resources
 from pipelines.stage import _encoders, fan_out
+from tests.pipelines.test_cli import ROOT
 from vqvae_core.errors import InputError
 
 
@@ -188,3 +192,32 @@ def test_no_thread_of_ray_data_outlives_its_session() -> None:
     finally:
         session.close()
     assert not data_threads()
+
+
+SPACED = """
+import os, sys
+from cluster.session import Session
+session = Session(num_cpus=1)
+ray = session.connect()
+task = ray.remote(lambda: sys.executable).options(runtime_env={"env_vars": {"A": "b"}})  # as Ray Train's workers have
+print(ray.get(task.remote(), timeout=120))
+session.close()
+"""
+
+
+@pytest.mark.slow
+def test_a_python_whose_path_a_shell_would_take_apart(tmp_path: Path) -> None:
+    """A checkout in `my (own) projects`: workers with variables of their own, as Ray Train's, are started by a shell
+    that is given the path as it is."""
+    place = tmp_path / "my (own) projects & 'more'"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    (packages,) = place.glob("lib/python3*/site-packages")
+    (packages / "here.pth").write_text("\n".join(path for path in sys.path if path) + "\n")
+    python = place / "bin" / "python"
+    done = subprocess.run([python, "-c", SPACED], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.stdout.strip() == str(python), done.stderr
+
+
+def test_other_paths_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/home/you/pipeline/.venv/bin/python")
+    assert own_python() is None

@@ -1,5 +1,6 @@
 """Nothing told is lost, doubled or sent out of order, whatever the store does; and telling never waits."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -129,3 +130,14 @@ def test_a_broken_file_is_told(tmp_path: Path, said: list[str], text: str) -> No
     found.put({"n": 1})
     assert found.close(10) == 0
     assert store.took == [1] and "is not a list of entries; it is left out" in said[0]
+
+
+def test_what_waits_is_kept_once_however_often_it_is_kept(tmp_path: Path, said: list[str]) -> None:
+    """A root whose store is down for many runs has one file, with what all of them told."""
+    store = Store()
+    for number in range(5):
+        found = journal(store, tmp_path, said)
+        found.put({"n": number})
+        assert found.close(0.05) == number + 1
+    (kept,) = (tmp_path / "tracking").glob("*")
+    assert json.loads(kept.read_text()) == [{"n": number} for number in range(5)]

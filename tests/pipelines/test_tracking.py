@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 
@@ -169,14 +170,60 @@ def test_two_programs_make_the_experiment_at_one_time(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "address",
+    ["http://user:secret@host", "postgresql://user:sec/secret@host/db", "postgresql://user:p@secret@host",
+     "postgresql://host/db?user=u&password=secret"],
+)  # fmt: skip
 def test_no_password_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str
 ) -> None:
     def fails(*arguments, **named) -> None:
-        raise ConnectionError("http://user:secret@host is gone")
+        raise ConnectionError(f"{address} is gone")
 
     monkeypatch.setattr(MlflowClient, "search_runs", fails)
     monkeypatch.setattr(journal, "_SECONDS_OF_HOPE", 0.1)
     tracked(tmp_path, a=1)
     said = capsys.readouterr().out
-    assert "http://***@host is gone" in said and "secret" not in said
+    assert "host" in said and "***" in said and "is gone" in said and "secret" not in said
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    assert "secret" not in Tracker(Folder.of(tmp_path), "a", {}, "").place
+
+
+def test_a_path_is_shown_as_it_is(tmp_path: Path) -> None:
+    root = Folder.of(tmp_path / "me@home")
+    assert Tracker(root, "a", {}, "").place == f"sqlite:///{root.path('mlflow.db')}"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_entries_of_somebody_elses_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are left out with their reason, write and read nothing outside the root, and hold up none behind them."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "private").write_text("private")
+    inside, unknown = "expected a relative file name inside the folder", "an entry that this version does not know"
+    entries = [
+        ({"do": "file", "name": f"{outside}/taken", "data": "aGk="}, inside),
+        ({"do": "file", "name": "../taken", "data": "aGk="}, inside),
+        ({"do": "file", "name": "a", "below": "../../x", "data": "aGk="}, inside),
+        ({"do": "file", "name": "a", "folder": str(outside), "path": "private"}, f"{outside} is not in {root}"),
+        ({"do": "file", "name": "a", "folder": f"{root}/../outside", "path": "private"}, "outside is not in "),
+        ({"do": "file", "name": "a", "folder": str(root), "path": "../outside/private"}, inside),
+        ({"do": "finish", "artifact": str(outside), "time": 0}, f"{outside} is not in {root}"),
+        ({"do": "rename", "to": "b"}, f"{unknown} ('rename')"),
+        ({"do": "points"}, f"{unknown} ('points')"),
+        ({"do": "file", "name": "a", "data": "a"}, f"{unknown} ('file')"),
+    ]
+    tracked(root, a=1)  # a run that the entries can be for
+    (root / "tracking").mkdir(parents=True, exist_ok=True)
+    text = json.dumps([{**entry, "key": ["pipeline.fingerprint", "f"]} for entry, _ in entries])
+    (root / "tracking" / "waiting-1.json").write_text(text)
+    capsys.readouterr()
+    tracker = tracked(root, a=1)
+    said = capsys.readouterr().out.splitlines()
+    for line, (entry, reason) in zip(said, entries, strict=True):
+        assert line.startswith("tracking: left out, since the store refuses it: ") and reason in line, (line, entry)
+    assert list(tmp_path.rglob("*taken*")) == [] and list(outside.iterdir()) == [outside / "private"]
+    assert not [path for path in (root / "mlartifacts").rglob("*") if path.is_file()]
+    assert client_of(tracker).search_runs(["1"])[0].info.status == "FINISHED"
+    assert not list((root / "tracking").iterdir())
