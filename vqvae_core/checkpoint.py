@@ -10,16 +10,18 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vqvae_core.artifacts import hash_bytes
+from vqvae_core.artifacts import Artifact, ArtifactError, hash_bytes
 from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
+M = TypeVar("M", bound=nn.Module)
 STATE_VERSION = 3
 History = list[dict[str, int | float]]  # the curves: "step" and the metrics of each logged step
 _STATE, _INDEX, _PREFIX = "state.safetensors", "state.json", "step-"
@@ -214,9 +216,46 @@ def save_model(model: nn.Module) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
 
 
-def load_model(model: nn.Module, data: bytes) -> None:
-    """Raises RuntimeError where names or shapes differ."""
-    model.load_state_dict(load(data))
+def read_config(artifact: Artifact) -> dict[str, Any]:
+    """A model's config.json. Raises `ArtifactError` where it is none."""
+    try:
+        facts = json.loads(artifact.read("config.json"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        facts = None
+    if not isinstance(facts, dict):
+        raise ArtifactError(f"expected a JSON object in {artifact.folder.path('config.json')}, found something else")
+    return facts
+
+
+def load_trained(artifact: Artifact, make: Callable[[dict[str, Any]], M]) -> M:
+    """The model that `make` builds from an artifact's config.json, with the weights beside it, in eval mode.
+
+    It is built for its shapes alone first: a config that does not belong to the weights costs no memory, however large
+    its numbers are. Raises `ArtifactError` where the two are not what this version makes of each other.
+    """
+    facts = read_config(artifact)
+    try:
+        weights = load(artifact.read("model.safetensors"))
+        with torch.device("meta"):
+            plan = {name: tuple(tensor.shape) for name, tensor in make(facts).state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if plan != found:
+            name = min(name for name in plan.keys() | found.keys() if plan.get(name) != found.get(name))
+            asked, has = plan.get(name, "none"), found.get(name, "none")
+            raise ValueError(f"its config asks for {name} of shape {asked}, the weights have {has}")
+        model = make(facts)
+        model.load_state_dict(weights)
+        return model.eval()
+    except InputError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(
+            f"expected a model that this version can load at {artifact.folder.uri}, but: {reason}; load it with the "
+            "version that made it, or train it again with the command that made it"
+        ) from error
 
 
 def config_from_json(kind: type, values: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from vqvae_core.artifacts import Artifact
 from vqvae_core.bound_training import BoundTraining, measure
-from vqvae_core.checkpoint import config_from_json, load_model
+from vqvae_core.checkpoint import config_from_json, load_trained
 from vqvae_core.errors import InputError
 from vqvae_core.latent_model import decodings_in
 from vqvae_core.likelihood import bits_per_dim, make_likelihood
@@ -128,7 +128,6 @@ def load_contender(name: str, artifact: Artifact) -> Contender:
     """The trained model of an artifact, in eval mode."""
     if name == VQ_VAE:
         return VQVAE.of(artifact)
-    facts = json.loads(artifact.read("config.json"))
-    model = make_model(facts["name"], config_from_json(VQVAEConfig, facts["model"]))
-    load_model(model, artifact.read("model.safetensors"))
-    return model.eval()
+    return load_trained(
+        artifact, lambda facts: make_model(facts["name"], config_from_json(VQVAEConfig, facts["model"]))
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqvae_core.artifacts import Artifact, ArtifactError
-from vqvae_core.checkpoint import config_from_json, load_model, save_model
+from vqvae_core.checkpoint import config_from_json, load_trained, read_config, save_model
 from vqvae_core.errors import InputError
 from vqvae_core.fp32 import whole_fp32
 from vqvae_core.pixelcnn import NO_LABEL, NOTHING, Condition, PixelCNN, PixelCNNConfig
@@ -41,16 +41,19 @@ class Prior:
     @classmethod
     def of(cls, artifact: Artifact) -> "Prior":
         """The trained prior of an artifact, in eval mode."""
-        facts = json.loads(artifact.read("config.json"))
+        facts = read_config(artifact)
         if "label_map" not in facts or "vqvae" not in facts:
             raise ArtifactError(
                 f"expected a prior with its label map and its VQ-VAE's fingerprint at {artifact.folder.uri}, found one "
                 "of an earlier version; train it again, with the command that made it"
             )
-        shape = TokenShape(**facts["shape"])
-        network = PixelCNN(config_from_json(PixelCNNConfig, facts["model"]), shape, facts["num_classes"])
-        load_model(network, artifact.read("model.safetensors"))
-        return cls(network.eval(), facts["label_map"], facts["vqvae"])
+        network = load_trained(
+            artifact,
+            lambda facts: PixelCNN(
+                config_from_json(PixelCNNConfig, facts["model"]), TokenShape(**facts["shape"]), facts["num_classes"]
+            ),
+        )
+        return cls(network, facts["label_map"], facts["vqvae"])
 
     def files(self, model: dict[str, Any]) -> dict[str, bytes]:
         """What an artifact holds of it. model: the network's config as JSON values."""

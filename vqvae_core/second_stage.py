@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae_core.artifacts import Artifact
-from vqvae_core.checkpoint import config_from_json, load_model, save_model
+from vqvae_core.checkpoint import config_from_json, load_trained, read_config, save_model
 from vqvae_core.errors import InputError
 from vqvae_core.gaussian import Gaussian
 from vqvae_core.pixelcnn import Condition, PixelCNN, PixelCNNConfig
@@ -209,10 +209,14 @@ class SecondStage:
     @classmethod
     def of(cls, artifact: Artifact) -> "SecondStage":
         """The trained model of an artifact, in eval mode."""
-        facts = json.loads(artifact.read("config.json"))
-        network = SecondStageNetwork(config_from_json(SecondStageConfig, facts["model"]), TokenShape(**facts["shape"]))
-        load_model(network, artifact.read("model.safetensors"))
-        return cls(network.eval(), facts["vqvae"], encodes_in_bf16=artifact.facts.get("precision") == "bf16")
+        network = load_trained(
+            artifact,
+            lambda facts: SecondStageNetwork(
+                config_from_json(SecondStageConfig, facts["model"]), TokenShape(**facts["shape"])
+            ),
+        )
+        vqvae = read_config(artifact).get("vqvae", "")
+        return cls(network, vqvae, encodes_in_bf16=artifact.facts.get("precision") == "bf16")
 
     def files(self, model: dict[str, Any]) -> dict[str, bytes]:
         """What an artifact holds of it. model: the network's config as JSON values."""

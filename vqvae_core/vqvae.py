@@ -1,7 +1,6 @@
 """The VQ-VAE of arXiv:1711.00937: two strided convolutions and two residual blocks on each side of a table of codes."""
 
 import contextlib
-import json
 import math
 from dataclasses import dataclass, field
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqvae_core.artifacts import Artifact
-from vqvae_core.checkpoint import config_from_json, load_model
+from vqvae_core.checkpoint import config_from_json, load_trained
 from vqvae_core.images import images_on, images_to_pixels
 from vqvae_core.likelihood import LikelihoodConfig, make_likelihood, no_autocast
 from vqvae_core.quantizer import Quantized, QuantizerConfig, at_least_fp32, make_quantizer
@@ -167,10 +166,8 @@ class VQVAE(nn.Module):
     @classmethod
     def of(cls, artifact: Artifact) -> "VQVAE":
         """The trained model of an artifact, in eval mode, which encodes in the precision that it was trained in."""
-        config = config_from_json(VQVAEConfig, json.loads(artifact.read("config.json")))
-        model = cls(config, encodes_in_bf16=artifact.facts.get("precision") == "bf16")
-        load_model(model, artifact.read("model.safetensors"))
-        return model.eval()
+        in_bf16 = artifact.facts.get("precision") == "bf16"
+        return load_trained(artifact, lambda facts: cls(config_from_json(VQVAEConfig, facts), encodes_in_bf16=in_bf16))
 
     @property
     def device(self) -> torch.device:
