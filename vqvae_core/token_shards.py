@@ -88,13 +88,16 @@ def read_parquet(data: bytes, where: str) -> TokenTable:
         )
         flat = table["tokens"].combine_chunks().flatten().to_numpy()
         labels = table["label"].fill_null(-1).to_numpy().astype(np.int32)
-        keys = table["key"].to_pylist()
-    except (KeyError, ValueError, pa.ArrowException) as error:
-        raise ArtifactError(f"expected a token shard at {where}, found something else ({error})") from error
-    if flat.size and int(flat.max()) >= shape.num_codes:
-        raise ArtifactError(f"expected tokens below {shape.num_codes} in {where}, found {int(flat.max())}")
-    tokens = flat.reshape(len(keys), shape.height, shape.width, shape.num_groups)
-    return TokenTable(keys, labels, tokens, shape, facts["model"])
+        keys, model = table["key"].to_pylist(), facts["model"]
+        tokens = flat.reshape(len(keys), shape.height, shape.width, shape.num_groups)
+        least, greatest = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+    except (KeyError, ValueError, TypeError, AttributeError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"expected a token shard at {where}, found something else ({reason})") from error
+    if least < 0 or greatest >= shape.num_codes:
+        found = least if least < 0 else greatest
+        raise ArtifactError(f"expected tokens from 0, below {shape.num_codes}, in {where}, found {found}")
+    return TokenTable(keys, labels, tokens, shape, model)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from vqvae_core.storage import Folder
 ARCHIVE = "cifar-10-binary.tar.gz"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _RECORD_BYTES = 1 + 3 * 32 * 32
+_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 _MAX_BATCH_BYTES = 1 << 28  # the official ones have 30 MB
 
 
@@ -88,6 +89,11 @@ class Cifar10Source:
                     name = member.name.rpartition("/")[2].removesuffix(".bin")
                     if not (member.isreg() and member.name.endswith(".bin") and "batch" in name):
                         continue
+                    if name not in _BATCHES:
+                        raise SourceError(
+                            f"expected data_batch_1.bin to data_batch_5.bin and test_batch.bin in {ARCHIVE}, found "
+                            f"{member.name!r}; fetch it again"
+                        )
                     stream = tar.extractfile(member) if member.size <= _MAX_BATCH_BYTES else None
                     data = stream.read() if stream else b""
                     if not data or len(data) % _RECORD_BYTES:
@@ -95,8 +101,6 @@ class Cifar10Source:
                             f"expected records of {_RECORD_BYTES} bytes in {member.name} of {ARCHIVE}, found "
                             f"{member.size} bytes; fetch the archive again"
                         )
-                    if not name.replace("_", "").isalnum():
-                        raise SourceError(f"expected data_batch_N.bin in {ARCHIVE}, found {member.name!r}")
                     spool.write(f"{part.name}-{name}.bin", data)
                     yield name, data
         except (tarfile.TarError, EOFError, OSError) as error:

@@ -1,11 +1,13 @@
 """The files of a source, local or on S3: listed by name and size, opened by name, read in ranges with read-ahead."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
 import itertools
 import os
+import stat
 import tarfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -191,12 +193,21 @@ def _entries(folder: Folder, name: str) -> Iterator[tuple[str, int | None]]:
         return
     with os.scandir(_join(folder.uri, name) if name else folder.uri) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if _is(entry.is_dir):
                 yield entry.name, None
-            elif entry.is_file():
+            elif _is(entry.is_file):
                 yield entry.name, entry.stat().st_size
             elif entry.is_symlink():  # to nothing: its image is missing, it will be rejected and not forgotten
                 yield entry.name, 0
+
+
+def _is(test: Callable[[], bool]) -> bool:
+    try:
+        return test()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself is one to nothing
+            raise
+        return False
 
 
 def open_source(folder: Folder, name: str) -> "SourceFile":
@@ -220,11 +231,22 @@ def unreadable(folder: Folder, name: str, error: BaseException) -> SourceError:
     )
 
 
+class NoFileError(OSError):
+    """What has the name of a file is none: a pipe, a device, a link to itself."""
+
+
 class _Local:
     """An open file, closed when nobody has it any more."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(os.fsencode(path), os.O_RDONLY)  # names that are no UTF-8 too
+        try:  # names that are no UTF-8 too; a pipe that nobody writes to is not waited for
+            self.descriptor = os.open(os.fsencode(path), os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise NoFileError(errno.ELOOP, "a link to itself", path) from error
+            raise
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            raise NoFileError(errno.EINVAL, "it is no file", path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -399,7 +421,7 @@ def _whole(folder: Folder, name: str) -> bytes | OSError:
     try:
         with SourceFile(folder, name) as file:
             return file.read()
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NoFileError) as error:
         return error  # an answer about this file; anything else may pass, and must not become a rejection
 
 

@@ -100,13 +100,13 @@ class HuggingFaceSource:
         try:
             features = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]
             names = features[self.label_column]["names"]
-        except (KeyError, ValueError, TypeError):
+        except (KeyError, ValueError, TypeError, RecursionError):
             return None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise SourceError(f"expected a list of names of labels in the metadata of {self.path}, found {names!r:.80}")
         if len(set(names)) != len(names):
-            raise SourceError(
-                f"expected names of labels that differ in {self.path}, found {', '.join(map(str, names))}"
-            )
-        return [str(name) for name in names]
+            raise SourceError(f"expected names of labels that differ in {self.path}, found {', '.join(names)}")
+        return names
 
     def _levels(self, part: Part, file: pq.ParquetFile, group: int, classes: list[str] | None) -> list[str | None]:
         column = read_group(self._folder, part.name, file, group, [self.label_column])[self.label_column]

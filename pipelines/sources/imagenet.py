@@ -41,6 +41,12 @@ class ImageNetSource:
                     f"expected {TRAIN} and {VALIDATION} at {self.path}, found no {name}; the official archives come "
                     "from image-net.org"
                 )
+        if not self._folder.exists(VALIDATION_SYNSETS):
+            raise SourceError(
+                f"expected {VALIDATION_SYNSETS} beside the archives at {self.path}, found none: the synset of each "
+                "validation image, a line each, in the order of their names. The archives do not have it; "
+                "docs/sources.md says how to make it from the development kit"
+            )
         open_source(self._folder, VALIDATION_SYNSETS).close()
 
     def identity(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from vqvae_core.storage import Folder
 
 _BUFFER_BYTES = 8 << 20  # of a column at a time: a row group may be larger than memory
 _ROWS = 64
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_null)
 
 
 def open_parquet(folder: Folder, name: str) -> pq.ParquetFile:
@@ -33,7 +34,9 @@ def _buffered(file: SourceFile) -> Any:
 def read_group(folder: Folder, name: str, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> pa.Table:
     """Some columns of one row group. Raises `SourceError` where it cannot be read."""
     try:
-        return file.read_row_group(group, columns=list(columns), use_threads=False)
+        table = file.read_row_group(group, columns=list(columns), use_threads=False)
+        table.validate(full=True)  # strings that are no UTF-8, offsets beyond their data
+        return table
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(folder, name, group, error) from error
 
@@ -54,6 +57,7 @@ def read_rows(
     batches = file.iter_batches(_ROWS, row_groups=[group], columns=list(columns), use_threads=False)
     try:
         for batch in batches:
+            batch.validate(full=True)
             mine = wanted[(wanted >= begin) & (wanted < begin + len(batch))] - begin
             begin += len(batch)
             if len(mine):
@@ -70,8 +74,8 @@ def image_column(file: pq.ParquetFile, names: Sequence[str], where: str) -> str:
     for name in names:
         if name in schema.names:
             kind = schema.field(name).type
-            fields = {kind.field(number).name for number in range(kind.num_fields)}
-            if pa.types.is_struct(kind) and "bytes" in fields:
+            place = kind.get_field_index("bytes") if pa.types.is_struct(kind) else -1
+            if place >= 0 and any(test(kind.field(place).type) for test in _BYTES):
                 return name
             raise SourceError(f"expected `{name}` as a struct of bytes and path in {where}, found {kind}")
     wanted = " or ".join(f"`{name}`" for name in names)

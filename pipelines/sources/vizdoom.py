@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import chdir, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from pipelines.sources.base import Entry, Part, Run, RunIndex, SourceError, SourceItem
 from vqvae_core.storage import Folder
 
+T = TypeVar("T")
 WELL_LIT_MAPS = ("E1M3", "E1M4", "E1M5", "E1M6", "E1M7", "E2M7", "MAP04")
 _TICS_PER_ACTION = 4
 _WARM_UP_ACTIONS = 3  # the view settles after the spawn
@@ -99,9 +100,25 @@ class ViZDoomSource:
     def read(self, run: Run, entries: Sequence[Entry], spool: Folder) -> Iterator[SourceItem]:
         level, seed = run.locator["map"], run.locator["seed"]
         wanted = {entry.position for entry in entries}
-        for position, pixels in enumerate(_walk(level, seed, self.frames_per_episode, self.actions_per_frame)):
+        frames = enumerate(_walk(level, seed, self.frames_per_episode, self.actions_per_frame))
+        while (found := _next(frames, level, seed)) is not None:
+            position, pixels = found
             if position in wanted:
                 yield SourceItem(position=position, image=pixels, facts={"episode": seed, "step": position})
+
+
+def _next(frames: Iterator[T], level: str, seed: int) -> T | None:
+    """The next frame, None after the last. Raises `SourceError` where the engine ended by itself."""
+    try:
+        return next(frames, None)
+    except SourceError:
+        raise
+    except Exception as error:  # the engine's own errors have no common kind
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SourceError(
+            f"expected the ViZDoom engine to go on in map {level} with seed {seed}, but: {reason}; was it killed, or "
+            "is memory short? The same command tries it again"
+        ) from error
 
 
 def _world_of(name: str) -> str:

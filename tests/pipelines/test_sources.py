@@ -9,7 +9,9 @@ import shutil
 import sys
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,7 @@ from pipelines.sources import (
     class_folders,
     files,
     tars,
+    vizdoom,
 )
 from pipelines.sources.base import RunIndex, SourceError, SourceItem, given_split, number_by_name, splits_of
 from pipelines.sources.files import forget_files, open_source
@@ -492,6 +495,88 @@ def test_parquet_without_the_column(tmp_path: Path, table: dict) -> None:
     pq.write_table(pa.table(table), tmp_path / "x.parquet")
     with pytest.raises(SourceError, match="expected (the column `image` or `img`|`image` as a struct of bytes)"):
         HuggingFaceSource(path=str(tmp_path)).check()
+
+
+def text_of(*values: bytes) -> pa.Array:
+    """Strings of these bytes, whether they are UTF-8 or not."""
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+@pytest.mark.parametrize("column", ["level", "path"])
+def test_parquet_with_strings_that_are_no_text(tmp_path: Path, column: str) -> None:
+    paths = text_of(b"caf\xe9") if column == "path" else pa.array(["a"])
+    image = pa.StructArray.from_arrays([pa.array([b"x"]), paths], ["bytes", "path"])
+    level = text_of(b"caf\xe9") if column == "level" else pa.array(["a"])
+    table = {"image": image, "level": level, "label": level, "episode": [1], "step": [1]}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    for kind in (RecordedFramesSource, HuggingFaceSource):
+        source = kind(path=str(tmp_path))
+        with pytest.raises(SourceError, match="expected to read row group 0 of .*x.parquet, but: .*UTF8"):
+            for found in indexed(source, tmp_path):
+                read(source, found, tmp_path)
+
+
+def test_parquet_with_images_as_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [{"bytes": "text", "path": ""}]}), tmp_path / "x.parquet")
+    with pytest.raises(
+        SourceError, match="expected `image` as a struct of bytes and path in .*, found struct<bytes: s"
+    ):
+        HuggingFaceSource(path=str(tmp_path)).check()
+
+
+@pytest.mark.parametrize("names", [5, "abc", [1, 2], {"a": 0}])
+def test_names_of_labels_that_are_none(tmp_path: Path, names: Any) -> None:
+    table = pa.table({"image": [{"bytes": b"x", "path": ""}], "label": [0]})
+    facts = {"huggingface": json.dumps({"info": {"features": {"label": {"names": names}}}})}
+    pq.write_table(table.replace_schema_metadata(facts), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="expected a list of names of labels in the metadata of "):
+        indexed(HuggingFaceSource(path=str(tmp_path)), tmp_path)
+
+
+def test_links_to_themselves_and_pipes(tmp_path: Path) -> None:
+    """They are rejected with the others' reasons; nobody waits for a pipe."""
+    (tmp_path / "ant").mkdir()
+    (tmp_path / "ant" / "1.png").symlink_to("1.png")
+    (tmp_path / "ant" / "3.png").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "ant" / "2.png").symlink_to(tmp_path / "pipe")
+    source = ClassFoldersSource(path=str(tmp_path))
+    (found,) = indexed(source, tmp_path)
+    faults = {item.facts["source"]: item.fault for item in read(source, found, tmp_path)}
+    assert faults == {
+        "ant/1.png": "cannot be read: a link to itself",
+        "ant/2.png": "cannot be read: it is no file",
+        "ant/3.png": "",
+    }
+    with pytest.raises(SourceError, match="expected to read .*ant/2.png, but: .*it is no file"):
+        open_source(Folder.of(tmp_path), "ant/2.png")
+
+
+def test_an_archive_with_batches_that_are_none(tmp_path: Path) -> None:
+    """Any number of them would be held in memory."""
+    data = gzip.compress(tar_of([("data_batch_1.bin", bytes(3073)), ("data_batch_77.bin", bytes(3073))]))
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(data)
+    with pytest.raises(SourceError, match="expected data_batch_1.bin to .*, found 'data_batch_77.bin'"):
+        indexed(Cifar10Source(path=str(tmp_path)), tmp_path)
+
+
+def test_archives_without_the_synsets_of_validation(tmp_path: Path) -> None:
+    write_imagenet(tmp_path)
+    (tmp_path / "val_synsets.txt").unlink()
+    with pytest.raises(SourceError, match="expected val_synsets.txt beside the archives at .*how to make it"):
+        ImageNetSource(path=str(tmp_path)).check()
+
+
+def test_an_engine_that_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def walk(*arguments: Any) -> Iterator[np.ndarray]:
+        yield np.zeros((4, 4, 3), np.uint8)
+        raise RuntimeError("Controlled ViZDoom instance exited unexpectedly.")
+
+    monkeypatch.setattr(vizdoom, "_walk", walk)
+    source = ViZDoomSource(maps=("E1M3",), train_episodes_per_map=1, frames_per_episode=3)
+    found = indexed(source, tmp_path)[0]
+    with pytest.raises(SourceError, match="expected the ViZDoom engine to go on in map E1M3 with seed .*exited unexp"):
+        read(source, found, tmp_path)
 
 
 def test_labels_of_a_type_that_is_none(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 import io
+from typing import Any
 
 import duckdb
 import numpy as np
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vqvae_core.artifacts import ArtifactError
@@ -48,5 +51,36 @@ def test_what_is_no_token_shard() -> None:
     with pytest.raises(ArtifactError, match="expected a token shard at here"):
         read_parquet(b"nothing", "here")
     wide = write_parquet(KEYS, LABELS, TOKENS + 100, SHAPE, "m")
-    with pytest.raises(ArtifactError, match="expected tokens below 500 in here, found 560"):
+    with pytest.raises(ArtifactError, match="expected tokens from 0, below 500, in here, found 560"):
         read_parquet(wide, "here")
+
+
+def other(**changes: Any) -> bytes:
+    """A token shard with other columns, or without some, and other metadata."""
+    table = pq.read_table(io.BytesIO(data()))
+    facts = {**table.schema.metadata, **changes.pop("facts", {})}
+    for name, column in changes.items():
+        place = table.schema.get_field_index(name)
+        table = table.remove_column(place) if column is None else table.set_column(place, name, column)
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({k: v for k, v in facts.items() if v}), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tokens": pa.array(range(4))}, "expected a token shard at here"),
+        ({"tokens": pa.array([[-1] * 6] * 4)}, "expected tokens from 0, below 500, in here, found -1"),
+        ({"tokens": pa.array([[1] * 5] * 4)}, "expected a token shard at here"),
+        ({"tokens": pa.array([["a"] * 6] * 4)}, "expected a token shard at here"),
+        ({"label": pa.array(["a"] * 4)}, "expected a token shard at here"),
+        ({"key": None}, "expected a token shard at here"),
+        ({"facts": {b"H": b"7"}}, "expected a token shard at here"),
+        ({"facts": {b"model": b""}}, "expected a token shard at here"),
+    ],
+)
+def test_token_files_of_somebody_else(changes: dict, words: str) -> None:
+    with pytest.raises(ArtifactError, match=words) as found:
+        read_parquet(other(**changes), "here")
+    assert "\n" not in str(found.value)
