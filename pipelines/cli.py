@@ -7,11 +7,11 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -75,11 +75,20 @@ def parse(
         _check_names(rest, config)
     return Options(
         preset=preset,
-        root=own.get("--root", f"runs/{preset}"),
+        root=own.get("--root") or _default_root(preset, config, replays="--config" in own and "--preset" not in own),
         track=track,
         config=_overridden(config, rest),
         more={name: own[name] for name in more if name in own},
     )
+
+
+def _default_root(preset: str, config: PipelineConfig, *, replays: bool) -> str:
+    """runs/PRESET; for another kind of source, whose artifacts and report are no preset's, with its name."""
+    if replays:
+        raise InputError("expected --root FOLDER with --config, since a manifest does not say where to, found none")
+    kinds = {source: kind for kind, source in SOURCES.items()}
+    kind = kinds[type(config.data)]
+    return f"runs/{preset}" if kind == kinds[type(PRESETS[preset][0].data)] else f"runs/{preset}-{kind}"
 
 
 def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:
@@ -104,7 +113,8 @@ def _usage(program: str) -> str:
     return (
         f"usage: {program} [--preset NAME] [--root FOLDER] [--source PLACE] [--source-kind KIND] [--config MANIFEST] "
         f"[--no-track] [--FIELD VALUE ...]\n\npresets (--preset):\n{presets}\n\n"
-        "--root FOLDER      where artifacts go, local or s3://bucket/prefix (runs/PRESET)\n"
+        "--root FOLDER      where artifacts go, local or s3://bucket/prefix (runs/PRESET, or with another kind of\n"
+        "                   source runs/PRESET-KIND)\n"
         "--source PLACE     folder with the source's files, local or s3://\n"
         f"--source-kind KIND  what lies there, where the preset expects something else: {', '.join(SOURCES)}\n"
         "--config MANIFEST  a manifest.json whose config is run again\n"
@@ -197,9 +207,10 @@ def _misfit(config: PipelineConfig, arguments: list[str]) -> str:
 def replay(location: str) -> PipelineConfig:
     """The config in a manifest, as it was run. Raises `InputError` where there is none or its fields are unknown."""
     try:
-        values = json.loads(Path(location).read_text())["provenance"]["config"]
+        place, _, name = Folder.of(location).uri.rpartition("/")
+        values = json.loads(Folder(place).read(name))["provenance"]["config"]
         return config_from_manifest(values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"expected a manifest.json with a config at {location}, but: {type(error).__name__} {error}"
         ) from error
@@ -207,7 +218,7 @@ def replay(location: str) -> PipelineConfig:
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command and end the process: errors that a user can fix are one line on stderr and exit code 2; Ctrl-C is
-    130, SIGTERM while a model trains 143."""
+    130, SIGTERM 143."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     code = 0
     try:
@@ -223,7 +234,10 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         print("stopped; the same command goes on from here", file=sys.stderr)
         code = 130
     except SystemExit as stop:
-        if stop.code is None or isinstance(stop.code, int):
+        if stop.code == signal.SIGTERM:  # Ray makes this of the signal, once it runs
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            code = 128 + signal.SIGTERM
+        elif stop.code is None or isinstance(stop.code, int):
             code = stop.code or 0
         else:
             print(stop.code, file=sys.stderr)

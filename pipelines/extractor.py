@@ -179,7 +179,8 @@ def _session(file: NamedFile, threads: int, use_gpu: bool) -> Any:
         import onnxruntime
     except ImportError as error:
         raise InputError(
-            f"expected the packages of pip install '.[evaluation]' for {file.place}, {error.name} is missing"
+            f"expected the packages that read {file.place}, {error.name} is missing; in the checkout: "
+            "python -m pip install -c constraints.txt -e '.[evaluation]'"
         ) from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1

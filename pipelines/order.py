@@ -25,9 +25,12 @@ from vqvae_core.storage import Folder
 
 def main(arguments: list[str]) -> None:
     options = _parse(arguments)
-    config = OrderConfig(
-        batch_size=options.batch_size, num_lanes=options.num_lanes, shuffle_window=options.window, seed=options.seed
-    )
+    try:
+        config = OrderConfig(
+            batch_size=options.batch_size, num_lanes=options.num_lanes, shuffle_window=options.window, seed=options.seed
+        )
+    except ValueError as error:
+        raise InputError(f"expected an order of samples, but: {error}") from error
     for world_size in options.world_sizes:
         lanes_of(0, world_size, config)
     images = ImageShards(Artifact.open(Folder.of(options.artifact), KIND))

@@ -67,7 +67,7 @@ def conduct(
             root.write(report, make_page(time.monotonic() - begin))
             written = report
         status = "FINISHED"
-    except (KeyboardInterrupt, StoppedError):
+    except (KeyboardInterrupt, StoppedError, SystemExit):  # the last of them by SIGTERM
         status = "KILLED"
         raise
     finally:

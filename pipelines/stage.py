@@ -175,7 +175,7 @@ class Pipeline:
             folder.sweep()
             try:
                 made = build(Workspace(folder, work), run)
-            except (KeyboardInterrupt, StoppedError):
+            except (KeyboardInterrupt, StoppedError, SystemExit):  # the last of them by SIGTERM
                 run.fail("KILLED")
                 raise
             except BaseException:

@@ -97,8 +97,8 @@ def read_options(given: Mapping[str, str], config: PipelineConfig) -> Sweep:
     searcher = given.get("--searcher", "random")
     if searcher == "optuna" and importlib.util.find_spec("optuna") is None:
         raise InputError(
-            "expected the package optuna for --searcher optuna, found none; pip install 'vqvae-pipeline[tune]', or "
-            "leave it out"
+            "expected the package optuna for --searcher optuna, found none; leave it out, or in the checkout: "
+            "python -m pip install -c constraints.txt -e '.[tune]'"
         )
     scheduler, generations = given.get("--scheduler", "asha"), 1
     if scheduler == "pbt":

@@ -171,7 +171,8 @@ def read_pixels(images: ImageShards, split: str, limit: int | None = None) -> to
             break
     if not samples:
         raise InputError(
-            f"expected a {split} split in {images.artifact.folder.uri}, found no image; give the source one"
+            f"expected a {split} split in {images.artifact.folder.uri}, found no image; give the source one by its "
+            "folders or file names, or --data.validation-fraction, or hold some back with --shard.holdout-images"
         )
     return torch.from_numpy(np.stack([sample.pixels() for sample in samples[:limit]]))
 

@@ -1,6 +1,7 @@
 """Sweeps by Ray Tune: which values of some fields give the best model, all with the same budget.
 
-    python pipelines/tune.py --preset doom84 --objective psnr --trials 12 --search "train.learning-rate=log:5e-4..5e-3
+    python pipelines/tune.py --preset doom84 --objective psnr --trials 12 --search \\
+        "train.learning-rate=log:5e-4..5e-3
         vqvae.quantizer.num-codes=choice:256,512,1024 vqvae.commitment-cost=log:1..50"
 
 --search     fields, each FIELD=log:LOW..HIGH, FIELD=uniform:LOW..HIGH or FIELD=choice:A,B, in one argument

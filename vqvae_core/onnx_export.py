@@ -61,7 +61,10 @@ def export(model: VQVAE) -> dict[str, bytes]:
     try:
         importlib.import_module("onnxscript")  # torch looks for it late, and only once
     except ImportError as error:
-        raise InputError(f"expected the packages of pip install '.[onnx]', {error.name} is missing") from error
+        raise InputError(
+            f"expected the packages that write ONNX, {error.name} is missing; in the checkout: "
+            "python -m pip install -c constraints.txt -e '.[onnx]'"
+        ) from error
     sides = {number: torch.export.Dim(f"sites_{number}", min=2) for number in (1, 2)}
     batch = torch.export.Dim("batch", min=1)
     pixels = torch.zeros(2, 8 * STRIDE, 6 * STRIDE, 3, dtype=torch.uint8)

@@ -117,7 +117,10 @@ def _endings(extensions: str | tuple[str, ...]) -> tuple[str, ...]:
 
 def _none_found(folder: Folder, endings: tuple[str, ...], what: str) -> SourceError:
     looked_for = ", ".join(f"*{ending}" for ending in endings)
-    return SourceError(f"expected {what} at {folder.uri}, found no {looked_for} there; name it with --source PATH")
+    return SourceError(
+        f"expected {what} at {folder.uri}, found no {looked_for} there; name it with --source PATH, "
+        "and what lies there with --source-kind"
+    )
 
 
 def _unlisted(folder: Folder, what: str, error: BaseException) -> SourceError:

@@ -1,5 +1,6 @@
 """What a user sees who types something that does not fit: one line, exit code 2, no traceback."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -63,14 +64,38 @@ def test_overrides() -> None:
     assert config.train_prior == PRESETS["smoke"][0].train_prior
 
 
+def test_the_root_where_none_is_given() -> None:
+    """Another kind of source has another: its report is no preset's."""
+    assert cli.parse(["--preset", "smoke"]).root == "runs/smoke"
+    assert cli.parse(["--preset", "dmlab84", "--source", "/x"]).root == "runs/dmlab84"
+    assert cli.parse(["--source-kind", "class_folders", "--source", "/x"]).root == "runs/doom84-class_folders"
+    assert cli.parse(["--source-kind", "class_folders", "--source", "/x", "--root", "mine"]).root == "mine"
+
+
+def test_a_manifest_says_not_where_to(tmp_path: Path) -> None:
+    place = tmp_path / "manifest.json"
+    place.write_text(json.dumps({"provenance": {"config": config_to_manifest(PRESETS["smoke"][0])}}))
+    with pytest.raises(InputError, match="expected --root FOLDER with --config"):
+        cli.parse(["--config", str(place)])
+    assert cli.parse(["--config", str(place), "--root", "x"]).config == PRESETS["smoke"][0]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"provenance": {"config": {"data": [], "source": "vizdoom"}}}', "[" * 99999]
+)
+def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
+    place = tmp_path / "manifest.json"
+    place.write_text(text)
+    with pytest.raises(InputError, match="expected a manifest.json with a config at"):
+        cli.parse(["--config", str(place), "--root", "x"])
+
+
 def test_the_source_is_named_by_its_place() -> None:
     assert cli.parse(["--preset", "dmlab84", "--source", "/somewhere"]).config.data.path == "/somewhere"
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_config_survives_its_manifest(preset: str) -> None:
-    import json
-
     config = PRESETS[preset][0]
     assert config_from_manifest(json.loads(json.dumps(config_to_manifest(config)))) == config
 
@@ -119,6 +144,7 @@ def test_messages_of_the_command(tmp_path: Path, arguments: list[str], parts: li
         ("raise InputError('one\\n  line')", 2, "error: one line\n"),
         ("raise OSError(5, 'disk')", 2, "error: OSError: [Errno 5] disk\n"),
         ("raise KeyboardInterrupt", 130, "stopped; the same command goes on from here\n"),
+        ("raise SystemExit(15)", 143, "stopped; the same command goes on from here\n"),  # as Ray makes it of SIGTERM
         ("raise SystemExit(1)", 1, ""),
         ("raise SystemExit('words')", 1, "words\n"),
         ("1 / 0", 1, "ZeroDivisionError"),

@@ -172,7 +172,7 @@ def test_a_missing_file_is_told_and_not_downloaded(tmp_path: Path) -> None:
 
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match=r"expected the packages of pip install '.\[evaluation\]' for /here/net.onnx"):
+    with pytest.raises(InputError, match=r"expected the packages that read /here/net.onnx, .*-e '.\[evaluation\]'"):
         Extractor(named(extractor()))
 
 

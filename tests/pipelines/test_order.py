@@ -47,5 +47,7 @@ def test_an_order_that_follows_the_ranks_is_found(artifact: str, monkeypatch: py
 def test_messages(artifact: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a number of workers that divides num_lanes 8, found 3"):
         program.main([artifact, *OPTIONS, "--world-sizes", "3"])
+    with pytest.raises(InputError, match="expected an order of samples, but: num_lanes must divide batch_size 65"):
+        program.main([artifact, "--batch-size", "65", "--num-lanes", "8"])
     with pytest.raises(InputError, match="expected numbers of ranks of at least 1"):
         program.main([artifact, *OPTIONS, "--world-sizes", "0"])
