@@ -1,5 +1,7 @@
 """How a stage becomes an artifact: reuse by fingerprint, fan-out over Ray Data, sidecars, and the commit."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -171,36 +173,33 @@ class Pipeline:
         if artifact is None:
             # Before any work: impossible resources fail within seconds.
             self.cpus_per_worker()
-            run = self.tracker.stage(stage, work, recipe, inputs)
-            folder.sweep()
-            try:
-                made = build(Workspace(folder, work), run)
-            except (KeyboardInterrupt, StoppedError, SystemExit):  # the last of them by SIGTERM
-                run.fail("KILLED")
-                raise
-            except BaseException:
-                run.fail()
-                raise
-            artifact = commit(
-                folder,
-                kind=kind,
-                stage=stage,
-                stage_version=version,
-                fingerprint=fingerprint,
-                recipe=recipe,
-                inputs=inputs,
-                files=made.files,
-                facts=made.facts,
-                provenance={
-                    **provenance(),
-                    "config": self.config,
-                    "mlflow_run": run.run_id,
-                    "seconds": round(time.monotonic() - begin, 3),
-                    "work_seconds": round(made.work_seconds, 3),
-                },
-            )
-            run.finish(artifact)
-            del made  # of all files it may hold an entry
+            with only_writer(folder):
+                artifact = self._reusable(folder, kind, inputs)  # another program may have made it just now
+                reused = artifact is not None
+                if artifact is None:
+                    run = self.tracker.stage(stage, work, recipe, inputs)
+                    folder.sweep()
+                    made = _built(build, Workspace(folder, work), run)
+                    artifact = commit(
+                        folder,
+                        kind=kind,
+                        stage=stage,
+                        stage_version=version,
+                        fingerprint=fingerprint,
+                        recipe=recipe,
+                        inputs=inputs,
+                        files=made.files,
+                        facts=made.facts,
+                        provenance={
+                            **provenance(),
+                            "config": self.config,
+                            "mlflow_run": run.run_id,
+                            "seconds": round(time.monotonic() - begin, 3),
+                            "work_seconds": round(made.work_seconds, 3),
+                        },
+                    )
+                    run.finish(artifact)
+                    del made  # of all files it may hold an entry
             let_go()
         seconds = time.monotonic() - begin
         work_seconds = 0.0 if reused else artifact.manifest.provenance["work_seconds"]
@@ -225,12 +224,63 @@ class Pipeline:
             return None
         artifact = Artifact.open(folder, kind)
         for name, parent in inputs.items():
-            if artifact.manifest.inputs[name]["content"] != parent.manifest.content:
+            if artifact.manifest.inputs.get(name, {}).get("content") != parent.manifest.content:
                 print(f"{folder.name}: made again, since its input {name} now has other contents", flush=True)
                 folder.delete(MANIFEST)
                 return None
         artifact.check_files()
         return artifact
+
+
+def _built(build: Callable[[Workspace, StageRun], Made], space: Workspace, run: StageRun) -> Made:
+    """What a stage's work leaves; where it leaves nothing, its run says why."""
+    try:
+        return build(space, run)
+    except (KeyboardInterrupt, StoppedError, SystemExit):  # the last of them by SIGTERM
+        run.fail("KILLED")
+        raise
+    except BaseException:
+        run.fail()
+        raise
+
+
+@contextlib.contextmanager
+def only_writer(folder: Folder) -> Iterator[None]:
+    """Hold a local folder, which is made where it is not there, for this program alone, until it ends however it does:
+    two would delete each other's unfinished files and states. Raises `InputError` where another one has it. S3 and file
+    systems without locks hold nothing."""
+    if not folder.is_local:
+        yield
+        return
+    place = Path(folder.uri)
+    place.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"expected nobody else at work in {folder.uri}, found another program{_holder(descriptor)}; wait until "
+                "it is done, or stop it: the same command then goes on from there"
+            ) from error
+        except OSError:  # a network's file system may have none
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # it goes where nothing was written
+            place.rmdir()
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds a lock on an open file, as far as this machine says."""
+    with contextlib.suppress(OSError, ValueError):
+        inode = os.fstat(descriptor).st_ino
+        for line in Path("/proc/locks").read_text().splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and int(fields[5].rpartition(":")[2]) == inode:
+                return f" (process {fields[4]} of this machine)"
+    return ""
 
 
 def fan_out(

@@ -9,6 +9,7 @@ from pipelines.config import PipelineConfig, config_from_manifest
 from pipelines.lineage import Lineage, SavedState
 from pipelines.program import resolve
 from pipelines.search_space import Value, with_values
+from vqvae_core.errors import InputError
 from vqvae_core.storage import Folder
 
 _RECORDS = "trials"
@@ -40,16 +41,27 @@ class Record:
 
 
 def read_records(folder: Folder) -> dict[int, Record]:
-    """The trials that earlier runs of a sweep began, by number."""
+    """The trials that earlier runs of a sweep began, by number. Raises `InputError` where one is of another version."""
     found = {}
     for name in folder.list(_RECORDS):
         if name.endswith(".json"):
-            record = Record(**json.loads(folder.read(f"{_RECORDS}/{name}")))
-            record.points = [(step, value) for step, value in record.points]
-            if record.reached is not None:
-                record.reached = SavedState(**record.reached)  # type: ignore[arg-type]
+            try:
+                record = _record(folder.read(f"{_RECORDS}/{name}"))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise InputError(
+                    f"expected what is known of a trial in {folder.path(f'{_RECORDS}/{name}')}, but: {error}; use the "
+                    "release that wrote it, or move it away: the trial is then made again"
+                ) from error
             found[record.number] = record
     return found
+
+
+def _record(data: bytes) -> Record:
+    record = Record(**json.loads(data))
+    record.points = [(step, value) for step, value in record.points]
+    if record.reached is not None:
+        record.reached = SavedState(**record.reached)  # type: ignore[arg-type]
+    return record
 
 
 @dataclass(frozen=True)

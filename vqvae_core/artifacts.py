@@ -181,7 +181,7 @@ class Manifest:
         try:
             fields = json.loads(data)
             version = fields["version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(
                 f"expected a manifest at {where}, found something else; move that folder away to make it again"
             ) from error
