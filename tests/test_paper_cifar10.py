@@ -45,6 +45,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
     return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_visits_go_on(cifar: Path, small: None, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two visits, the first of which ends in the middle, leave the weights of one."""
     base = ["--data", str(cifar), "--preset", "cifar10-small", "--steps", "7", "--measure", "10"]

@@ -39,6 +39,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
+@pytest.mark.slow
 def test_visits_go_on(shards: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two visits, the first of which ends in the middle, leave the figures and pictures of one."""
     every = ("--seconds", "600", "--prior-seconds", "600")

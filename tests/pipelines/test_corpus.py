@@ -90,6 +90,7 @@ def named_tar(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["class_folders", "imagenet", "webdataset"])
 def test_odd_files(tmp_path: Path, kind: str) -> None:
     files = corpus(tmp_path / "executed")

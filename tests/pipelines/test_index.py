@@ -76,6 +76,7 @@ def test_entries_are_those_of_the_source(tmp_path: Path, monkeypatch: pytest.Mon
     assert made.runs([33, 1]) == {number: runs[number].run for number in (1, 33)}
 
 
+@pytest.mark.slow
 def test_an_image_costs_at_most_64_bytes_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With names and sizes as ImageNet's are."""
 

@@ -78,6 +78,7 @@ def drawn(root: Path, out: str, config: SampleConfig, **more: Any) -> dict[str, 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_a_sample_depends_on_its_seed_only(tmp_path: Path, batch_size: int) -> None:
     """In batches of 1, 7 and 64: the same labels, tokens and pictures, byte for byte."""

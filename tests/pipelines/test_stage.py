@@ -52,6 +52,7 @@ def making(pipeline: Pipeline, build: Any) -> Any:
     return pipeline.make("some", version=1, kind="Some", recipe={}, inputs={}, build=build)
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_program_at_a_time(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     """Until that one ends, also by a kill."""
     folder = Folder.of(tmp_path / "made")

@@ -94,6 +94,7 @@ def test_ranks_and_parts_of_a_batch_equal_the_whole(name: str) -> None:
         assert furthest(one, run_ranks(world_size, name, micro_batch)) < 1e-9, (world_size, micro_batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_learns_and_is_measured(name: str) -> None:
     schedule = replace(SCHEDULE, steps=60, learning_rate=1e-2, log_every=20, validate_every=60)

@@ -89,6 +89,7 @@ def test_a_shard_is_walked_once_as_long_as_indexes_fit(
     assert len(walks) == 20 if most_of_indexes else len(walks) > 40
 
 
+@pytest.mark.slow
 def test_eight_processes_and_a_batch_smaller_than_their_number(images: ImageShards) -> None:
     config = OrderConfig(batch_size=4, num_lanes=4, shuffle_window=5)
     loader = ImageLoader(images, config, AugmentConfig(), num_workers=8)
@@ -110,6 +111,7 @@ def test_augmentation_is_the_same_for_any_number_of_processes(images: ImageShard
             assert np.array_equal(pixels.numpy(), wanted)
 
 
+@pytest.mark.slow
 def test_a_thread_decodes_ahead_while_ranks_wait_for_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +290,7 @@ def test_a_process_that_is_killed_while_its_shards_are_closed(tmp_path: Path) ->
     assert open_files() <= before
 
 
+@pytest.mark.slow
 def test_processes_that_die_again_and_again_end_training(images: ImageShards) -> None:
     loader = ImageLoader(images, CONFIG, AugmentConfig(), num_workers=1, warn=lambda line: None)
     with pytest.raises(

@@ -122,6 +122,7 @@ def test_guidance_with_a_beginning_and_groups() -> None:
     assert torch.equal(ours.tokens[:, :2], tokens[:, :2])
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_own_seed_only() -> None:
     model = prior(CONFIGS["3 and 7"], 6, 5, num_codes=30)
     together = sample(model, range(64)).tokens

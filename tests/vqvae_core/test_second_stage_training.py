@@ -127,6 +127,7 @@ def test_codes_start_at_latents_of_the_pool() -> None:
         assert torch.cdist(table.codes(), rows).amin(dim=1).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_curves_and_the_best_step() -> None:
     schedule = replace(SCHEDULE, steps=24, validate_every=3, learning_rate=2e-2)
     for case, names in {

@@ -253,6 +253,7 @@ def test_a_prior_overfits_a_few_grids(groups: int) -> None:
     assert swapped.validate()["validation_bits_per_token"] > 0.5
 
 
+@pytest.mark.slow
 def test_training_stops_where_validation_gets_no_better(tmp_path: Path) -> None:
     """Labels that are wrong in validation: the first validations are the best. All ranks stop at the same step, and a
     run that had stopped stays so."""
