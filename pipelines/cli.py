@@ -39,6 +39,12 @@ class Options:
     config: PipelineConfig
     more: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """What a run is called: its preset, with the kind of source where that is another one."""
+        kind = _other_kind(self.preset, self.config)
+        return self.preset if kind is None else f"{self.preset}, {kind}"
+
 
 def parse(
     arguments: list[str], default_preset: str = "doom84", *, program: str = "full.py", more: tuple[str, ...] = ()
@@ -86,9 +92,15 @@ def _default_root(preset: str, config: PipelineConfig, *, replays: bool) -> str:
     """runs/PRESET; for another kind of source, whose artifacts and report are no preset's, with its name."""
     if replays:
         raise InputError("expected --root FOLDER with --config, since a manifest does not say where to, found none")
+    kind = _other_kind(preset, config)
+    return f"runs/{preset}" if kind is None else f"runs/{preset}-{kind}"
+
+
+def _other_kind(preset: str, config: PipelineConfig) -> str | None:
+    """The kind of a config's source; None where it is the preset's own."""
     kinds = {source: kind for kind, source in SOURCES.items()}
-    kind = kinds[type(config.data)]
-    return f"runs/{preset}" if kind == kinds[type(PRESETS[preset][0].data)] else f"runs/{preset}-{kind}"
+    kind, own = kinds[type(config.data)], kinds[type(PRESETS[preset][0].data)]
+    return None if kind == own else kind
 
 
 def _take(arguments: list[str], names: tuple[str, ...]) -> tuple[dict[str, str], list[str]]:

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
         table.append(likelihood_table(pipeline, config, images, measured))
         models = {name: model for name, (model, _) in made.items()}
         return lambda seconds: make_compare_report(
-            options.preset, pipeline.reports, models, table[0], pipeline.config, seconds
+            options.title, pipeline.reports, models, table[0], pipeline.config, seconds
         )
 
     _, summary = conduct(options, stages, program="compare", report=REPORT, schedules=_SCHEDULES, ends_run=only is None)

@@ -32,7 +32,7 @@ def main(arguments: list[str], until: str = LAST) -> None:
         _stages(pipeline, config, until, judges)
         if until != LAST:
             return None
-        return lambda seconds: make_report(options.preset, pipeline.reports, pipeline.config, seconds)
+        return lambda seconds: make_report(options.title, pipeline.reports, pipeline.config, seconds)
 
     pipeline, summary = conduct(options, stages)
     if until == LAST:

@@ -52,9 +52,9 @@ def conduct(
     config.data.check()
     resolved = config_to_manifest(config)
     identity: dict[str, Any] = {**resolved, "resources": None, "preset": options.preset}
-    name = options.preset
+    name = options.title
     if program != "full":
-        identity["program"], name = program, f"{options.preset}: {program}"
+        identity["program"], name = program, f"{options.title}: {program}"
     tracker = Tracker(root, name, resolved, hash_json(identity), enabled=options.track)
     session = Session()
     session.once_connected = lambda: check_cluster(session, root, tracker)

@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
 
     def stages(pipeline: Pipeline, config: PipelineConfig) -> Callable[[float], bytes]:
         _stages(pipeline, config)
-        return lambda seconds: make_second_stage_report(options.preset, pipeline.reports, pipeline.config, seconds)
+        return lambda seconds: make_second_stage_report(options.title, pipeline.reports, pipeline.config, seconds)
 
     pipeline, summary = conduct(options, stages, program="second stage", report=REPORT, schedules=_SCHEDULES)
     tell(pipeline)

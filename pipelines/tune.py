@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
 
     def stages(pipeline: Pipeline, config: PipelineConfig) -> Callable[[float], bytes]:
         found.append(_stages(pipeline, config, sweep))
-        return lambda seconds: _page(options.preset, pipeline, found[0], seconds)
+        return lambda seconds: _page(options.title, pipeline, found[0], seconds)
 
     names = " ".join(one.field for one in sweep.dimensions)
     program = f"sweep of {sweep.objective} over {names}"

@@ -128,9 +128,11 @@ def shown(pixels: Tensor) -> Tensor:
 
 
 def in_pairs(pictures: Tensor, made: Tensor) -> bytes:
-    """A PNG of pictures, uint8 (N, H, W, 3), in rows, each row over what was made of it."""
-    pairs = zip(pictures.split(_COLUMNS), made.split(_COLUMNS), strict=True)
-    sheet = grid(torch.cat([row for pair in pairs for row in pair]).numpy(), min(_COLUMNS, len(pictures)))
+    """A PNG of pictures, uint8 (N, H, W, 3), in rows, each over what was made of it. The last may be shorter."""
+    columns = min(_COLUMNS, len(pictures))
+    white = torch.full((-len(pictures) % columns, *pictures.shape[1:]), 255, dtype=torch.uint8)
+    whole = (torch.cat([part, white]).split(columns) for part in (pictures, made))
+    sheet = grid(torch.cat([row for pair in zip(*whole, strict=True) for row in pair]).numpy(), columns)
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

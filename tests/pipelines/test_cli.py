@@ -72,6 +72,12 @@ def test_the_root_where_none_is_given() -> None:
     assert cli.parse(["--source-kind", "class_folders", "--source", "/x", "--root", "mine"]).root == "mine"
 
 
+def test_the_name_of_a_run() -> None:
+    """A report of somebody's own pictures is not called as the demo's."""
+    assert cli.parse(["--preset", "smoke"]).title == "smoke"
+    assert cli.parse(["--source-kind", "class_folders", "--source", "/x"]).title == "doom84, class_folders"
+
+
 def test_a_manifest_says_not_where_to(tmp_path: Path) -> None:
     place = tmp_path / "manifest.json"
     place.write_text(json.dumps({"provenance": {"config": config_to_manifest(PRESETS["smoke"][0])}}))

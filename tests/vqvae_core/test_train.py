@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.vqvae_core.shards import InMemory
 from vqvae_core.checkpoint import StateFolder, TrainingState
@@ -23,7 +25,7 @@ from vqvae_core.token_shards import TokenShape
 from vqvae_core.train import NonFiniteLossError, Piece, StoppedError, Worker, best_step, train
 from vqvae_core.train_config import TrainConfig, best_precision, learning_rate
 from vqvae_core.vqvae import VQVAE, VQVAEConfig
-from vqvae_core.vqvae_training import VQVAETraining
+from vqvae_core.vqvae_training import VQVAETraining, in_pairs
 from vqvae_core.weight_average import load_weights
 
 GOLDEN = Path(__file__).with_name("golden_vqvae.txt")
@@ -532,3 +534,13 @@ def test_precision_follows_the_limit_of_onednn(monkeypatch: pytest.MonkeyPatch) 
     assert best_precision("cpu") == "bf16"
     monkeypatch.setattr("vqvae_core.train_config._cpu_features", lambda: {"avx2"})
     assert best_precision("cpu") == "fp32"
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 13, 16])
+def test_pictures_stand_over_what_was_made_of_them(count: int) -> None:
+    """In the last row too, where there are fewer."""
+    pictures = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 4, 4, 3)
+    sheet = np.asarray(Image.open(io.BytesIO(in_pairs(pictures, pictures + 100))))
+    for number in range(count):
+        top, left = number // 8 * 12, number % 8 * 6
+        assert int(sheet[top, left, 0]) == number and int(sheet[top + 6, left, 0]) == number + 100
