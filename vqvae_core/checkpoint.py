@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vqvae_core.artifacts import Artifact, ArtifactError, hash_bytes
 from vqvae_core.errors import InputError
@@ -229,6 +230,17 @@ def read_config(artifact: Artifact) -> dict[str, Any]:
     return facts
 
 
+class _NoDraws(TorchFunctionMode):
+    """Initial values are not drawn. On the meta device they would be nothing, and PyTorch imports its compiler for
+    them, which takes seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        named = kwargs or {}
+        if getattr(func, "__name__", "") in {"normal_", "uniform_", "kaiming_uniform_"}:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
+
+
 def load_trained(artifact: Artifact, make: Callable[[dict[str, Any]], M]) -> M:
     """The model that `make` builds from an artifact's config.json, with the weights beside it, in eval mode.
 
@@ -238,7 +250,7 @@ def load_trained(artifact: Artifact, make: Callable[[dict[str, Any]], M]) -> M:
     facts = read_config(artifact)
     try:
         weights = load(artifact.read("model.safetensors"))
-        with torch.device("meta"):
+        with torch.device("meta"), _NoDraws():
             plan = {name: tuple(tensor.shape) for name, tensor in make(facts).state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if plan != found:

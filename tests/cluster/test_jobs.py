@@ -98,33 +98,6 @@ def said(process: subprocess.Popen[str]) -> str:
     return output
 
 
-def test_a_job_makes_what_one_machine_makes(
-    cluster: LocalCluster,
-    s3_bucket: str,
-    alone: dict[str, str],
-    mlflow_server: MlflowServer,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Tracked on the server, with the token that the nodes have."""
-    root = f"{s3_bucket}/job"
-    process = submit(cluster, "first", "--root", root, *OPTIONS)
-    output = said(process)
-    assert process.returncode == 0, output
-    assert f"report: {root}/report.html" in output
-    assert contents(Folder.of(root)) == alone
-    for name, value in mlflow_server.client.items():
-        monkeypatch.setenv(name, value)
-    assert {name: status for name, (status, _) in runs(mlflow_server, root).items()} == dict.fromkeys(
-        [*STAGES, "smoke"], "FINISHED"
-    )
-    assert {"model/model.safetensors", "samples.png", "report.html"} <= {
-        path for _, paths in runs(mlflow_server, root).values() for path in paths
-    }
-    again = submit(cluster, "second", "--root", root, *OPTIONS)
-    output = said(again)
-    assert again.returncode == 0 and all(f"{stage}: reused" in output for stage in STAGES), output
-
-
 def test_a_job_that_is_stopped_writes_a_checkpoint_first(cluster: LocalCluster, s3_bucket: str) -> None:
     root = Folder.of(f"{s3_bucket}/checkpoint")
     long = ("--train.steps", "1000000", "--train.validate-every", "1000000", "--resources.checkpoint-every", "200")
@@ -152,6 +125,7 @@ def stop(cluster: LocalCluster, name: str) -> None:
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, **TOKEN})
 
 
+@pytest.mark.exhaustive
 def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
     """The same job under another name goes on from what a stopped one left."""
     root = Folder.of(f"{s3_bucket}/stopped")
@@ -170,10 +144,17 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, al
     assert contents(root) == alone
 
 
-def test_a_node_is_lost_in_each_stage(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
-    """The one that works dies, and another comes in its place: the same bytes, and each stage is made once."""
+def test_a_job_that_loses_a_node_in_each_stage_makes_what_one_machine_makes(
+    cluster: LocalCluster,
+    s3_bucket: str,
+    alone: dict[str, str],
+    mlflow_server: MlflowServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one that works dies, and another comes in its place: the same bytes, and each stage is made once, tracked on
+    the server, with the token that the nodes have."""
     root = Folder.of(f"{s3_bucket}/killed")
-    more = ("--root", root.uri, *OPTIONS, "--no-track", "--resources.checkpoint-every", "4")
+    more = ("--root", root.uri, *OPTIONS, "--resources.checkpoint-every", "4")
     process = submit(cluster, "loses-nodes", *more)
     seen: set[int] = set()
     for done, (stage, worker) in enumerate(WORKERS.items()):
@@ -184,7 +165,19 @@ def test_a_node_is_lost_in_each_stage(cluster: LocalCluster, s3_bucket: str, alo
     output = said(process)
     assert process.returncode == 0, output
     assert all(f"{stage}: made in" in output for stage in STAGES), output
+    assert f"report: {root.uri}/report.html" in output
     assert contents(root) == alone
+    for name, value in mlflow_server.client.items():
+        monkeypatch.setenv(name, value)
+    assert {name: status for name, (status, _) in runs(mlflow_server, root.uri).items()} == dict.fromkeys(
+        [*STAGES, "smoke"], "FINISHED"
+    )
+    assert {"model/model.safetensors", "samples.png", "report.html"} <= {
+        path for _, paths in runs(mlflow_server, root.uri).values() for path in paths
+    }
+    again = submit(cluster, "again", *more)
+    output = said(again)
+    assert again.returncode == 0 and all(f"{stage}: reused" in output for stage in STAGES), output
 
 
 def works(cluster: LocalCluster, root: Folder, done: int, worker: str, seen: set[int]) -> int | None:

@@ -124,6 +124,7 @@ def _under(pid: int, ancestor: int) -> bool:
     return False
 
 
+@pytest.mark.exhaustive
 def test_nothing_idle_runs_beside_the_ranks(tmp_path: Path) -> None:
     """Where they train on one machine, what shared it before (here the sharding) and what has nothing to do is gone,
     and the ranks' main threads rest."""
@@ -212,6 +213,7 @@ def test_another_number_of_workers_in_the_middle(done: Path, root: Path) -> None
     assert [point["step"] for point in history] == list(range(10, STEPS + 10, 10))
 
 
+@pytest.mark.exhaustive
 def test_elastic_workers_take_what_there_is(done: Path, root: Path) -> None:
     """Up to 4 asked for, 2 CPUs there: two train, and the result is theirs."""
     options = ["--resources.num-workers", "4", "--resources.min-workers", "1", "--resources.cpus-per-worker", "1"]
@@ -227,12 +229,14 @@ def test_impossible_resources_fail_within_seconds(root: Path) -> None:
     assert time.monotonic() - begin < 60
 
 
+@pytest.mark.exhaustive
 def test_processes_that_decode_change_nothing(done: Path, root: Path) -> None:
     result = run(root, "--resources.num-workers", "2", "--resources.loader-workers", "2")
     assert result.returncode == 0, result.stderr
     assert model(root).files == model(done).files
 
 
+@pytest.mark.exhaustive
 def test_pieces_of_a_batch_make_the_same_up_to_the_order_of_sums(done: Path, root: Path) -> None:
     result = run(root, "--resources.num-workers", "2", "--resources.micro-batch", "2")
     assert result.returncode == 0, result.stderr
@@ -263,6 +267,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(done: Path, root: Path
     assert model(place).files == model(done).files
 
 
+@pytest.mark.exhaustive
 def test_a_finished_training_whose_artifact_is_gone_says_so(done: Path, tmp_path: Path) -> None:
     copy = tmp_path / "root"
     shutil.copytree(done, copy)
@@ -292,6 +297,7 @@ def test_a_checkpoint_of_another_config_is_refused(done: Path, root: Path) -> No
     assert model(root).files == model(done).files
 
 
+@pytest.mark.exhaustive
 def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None:
     """The same recipe over other contents is another work: old states are not used."""
     process = start(root, "--resources.num-workers", "2")
@@ -419,6 +425,7 @@ def test_nodes_that_go_and_come(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         cluster.close()
 
 
+@pytest.mark.exhaustive
 def test_an_alarm_where_few_codes_are_used(root: Path) -> None:
     many = ["--vqvae.quantizer.num-codes", "4096", "--vqvae.quantizer.revive-every", "0"]
     result = run(root, *many, "--resources.usage-alarm", "1.0", "--train.steps", "40")

@@ -171,13 +171,13 @@ def start(root: Path, *more: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen) -> str:
+def finished(process: subprocess.Popen, code: int = 0) -> str:
     try:
         output, _ = process.communicate(timeout=600)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, output
+    assert process.returncode == code, output
     return output
 
 
@@ -254,12 +254,14 @@ def sweep_in(root: Path) -> Artifact:
 
 def wait_for_line(process: subprocess.Popen, part: str) -> None:
     assert process.stdout is not None
-    seen, deadline = [], time.monotonic() + 400
+    seen, deadline = [], time.monotonic() + 600
     for line in process.stdout:
         seen.append(line)
-        assert time.monotonic() < deadline, "".join(seen)
         if part in line:
             return
+        if time.monotonic() > deadline:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
     raise AssertionError("".join(seen))
 
 
@@ -271,8 +273,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     process = start(root, *more)
     wait_for_line(process, "tune: trial 1 of 3: ")
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130 and "the same command goes on from here" in output, output
+    assert "the same command goes on from here" in finished(process, 130)
     assert not list(root.glob("tune-*/manifest.json"))
     process = start(root, *more)
     wait_for_line(process, "tune: trial 2 of 3: ")
@@ -301,9 +302,6 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     assert "data:image/png" in (root / "sweep.html").read_text()
     again = finished(start(root, *more))
     assert "tune: reused" in again
-    other = tmp_path / "other"
-    finished(start(other, *more))
-    assert json.loads(sweep_in(other).read("sweep.json"))["rows"][1]["objective"] == values[0]
 
 
 def check_runs(root: Path, sweep: Artifact) -> None:
@@ -382,6 +380,7 @@ def test_a_trial_that_diverges_is_the_worst(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_population_that_is_killed_goes_on(tmp_path: Path) -> None:
     """Three trials in two generations, killed in the second; again with two at a time: the same values, the same
     figures, and the bytes of the models."""

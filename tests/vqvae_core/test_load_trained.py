@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,3 +151,22 @@ def test_a_config_that_is_none(tmp_path: Path, text: bytes) -> None:
         put(place, kind, {**vqvae_files(), "config.json": text})
         with pytest.raises(ArtifactError, match="expected a JSON object in .*config.json, found something else"):
             load(place.uri)
+
+
+@pytest.mark.slow
+def test_the_compiler_is_not_imported_for_it(tmp_path: Path) -> None:
+    """Programs that only look at a model would wait seconds for it."""
+    a_vqvae(Folder.of(tmp_path / "vqvae"))
+    a_prior(Folder.of(tmp_path / "prior"))
+    a_second_stage(Folder.of(tmp_path / "second"), "codes")
+    program = f"""
+import sys
+from vqvae_core.prior import Prior
+from vqvae_core.second_stage import SecondStage
+from vqvae_core.vqvae import VQVAE
+VQVAE.load({str(tmp_path / "vqvae")!r})
+Prior.load({str(tmp_path / "prior")!r})
+SecondStage.load({str(tmp_path / "second")!r})
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
