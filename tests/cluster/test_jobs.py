@@ -144,20 +144,29 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, al
     assert contents(root) == alone
 
 
-def test_a_job_that_loses_a_node_in_each_stage_makes_what_one_machine_makes(
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param(("shard", "train_vqvae", "tokenize"), id="three"),  # one of each kind of worker
+        pytest.param(STAGES, id="seven", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_a_job_that_loses_nodes_makes_what_one_machine_makes(
+    stages: tuple[str, ...],
     cluster: LocalCluster,
     s3_bucket: str,
     alone: dict[str, str],
     mlflow_server: MlflowServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The one that works dies, and another comes in its place: the same bytes, and each stage is made once, tracked on
-    the server, with the token that the nodes have."""
-    root = Folder.of(f"{s3_bucket}/killed")
+    """The one that works dies in these stages, and another comes in its place: the same bytes, and each stage is made
+    once, tracked on the server, with the token that the nodes have."""
+    root = Folder.of(f"{s3_bucket}/killed-{len(stages)}")
     more = ("--root", root.uri, *OPTIONS, "--resources.checkpoint-every", "4")
-    process = submit(cluster, "loses-nodes", *more)
+    process = submit(cluster, f"loses-{len(stages)}", *more)
     seen: set[int] = set()
-    for done, (stage, worker) in enumerate(WORKERS.items()):
+    for stage in stages:
+        done, worker = STAGES.index(stage), WORKERS[stage]
         number = until(lambda done=done, worker=worker: works(cluster, root, done, worker, seen), process)
         cluster.remove(number)
         assert len(contents(root)) == done, f"{stage} was over before its node was killed"
@@ -175,7 +184,7 @@ def test_a_job_that_loses_a_node_in_each_stage_makes_what_one_machine_makes(
     assert {"model/model.safetensors", "samples.png", "report.html"} <= {
         path for _, paths in runs(mlflow_server, root.uri).values() for path in paths
     }
-    again = submit(cluster, "again", *more)
+    again = submit(cluster, f"again-{len(stages)}", *more)
     output = said(again)
     assert again.returncode == 0 and all(f"{stage}: reused" in output for stage in STAGES), output
 

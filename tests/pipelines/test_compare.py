@@ -250,6 +250,7 @@ def test_the_program(done: tuple[Path, Path, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_side_by_side(done: tuple[Path, Path, str], tmp_path: Path) -> None:
     """Two at a time make the same as one after the other, and as what was killed in between."""
     source, one, _ = done

@@ -51,7 +51,7 @@ def jobs(**changes: Any) -> list[dict[str, Any]]:
     return [{"name": f"s{number}", "number": number, "dies": "", **changes} for number in range(7)]
 
 
-@pytest.mark.parametrize("use_gpu", [False, True])
+@pytest.mark.parametrize("use_gpu", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_every_shard_is_read_and_encoded_once(
     session: Session, tmp_path: Path, use_gpu: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,7 +99,7 @@ def test_the_store_holds_one_wave(session: Session, monkeypatch: pytest.MonkeyPa
         gc.enable()
 
 
-@pytest.mark.parametrize("use_gpu", [False, True])
+@pytest.mark.parametrize("use_gpu", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_an_error_of_a_shard_is_raised(session: Session, use_gpu: bool) -> None:
     with pytest.raises(InputError, match="^expected a shard that can be read$"):
         list(encode_shards(session, read, Encoder, jobs(error="expected a shard that can be read"),

@@ -266,6 +266,7 @@ def wait_for_line(process: subprocess.Popen, part: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     """Three trials; Ctrl-C in the first, kill -9 in the second: what is done is not trained again, and the table has
     all three, as without either."""
@@ -289,19 +290,29 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     found = json.loads(sweep.read("sweep.json"))["rows"]
     assert found[0]["trial"] == "preset" and {row["trial"] for row in found[1:]} == {1, 2, 3}
     assert all(row["state"] == "done" and row["steps"] == 24 for row in found)
-    values = [row["objective"] for row in found[1:]]
-    assert values == sorted(values, reverse=True) and sweep.facts["best"] == max(row["objective"] for row in found)
-    for row in found:
+    check_rows(sweep)
+    check_runs(root, sweep)
+    assert "data:image/png" in (root / "sweep.html").read_text()
+    again = finished(start(root, *more))
+    assert "tune: reused" in again
+
+
+def check_rows(sweep: Artifact) -> None:
+    """The best first, and each row that has a model has that model's values and figures."""
+    found = json.loads(sweep.read("sweep.json"))["rows"]
+    assert found[0]["trial"] == "preset"
+    done = [row for row in found[1:] if row["model"] is not None]
+    assert done and found[1 : 1 + len(done)] == done
+    values = [row["objective"] for row in done]
+    assert values == sorted(values, reverse=True)
+    assert sweep.facts["best"] == max(row["objective"] for row in (found[0], *done))
+    for row in done:
         model = Artifact.open(Folder(row["model"]))
         assert model.manifest.recipe["train"]["learning_rate"] == row["values"]["train.learning_rate"]
         assert model.manifest.recipe["model"]["quantizer"]["num_codes"] == row["values"]["vqvae.quantizer.num_codes"]
         history = json.loads(model.read("history.json"))
         kept = next(point for point in history if point["step"] == model.facts["best_step"])
         assert row["objective"] == kept["validation_psnr_db"]
-    check_runs(root, sweep)
-    assert "data:image/png" in (root / "sweep.html").read_text()
-    again = finished(start(root, *more))
-    assert "tune: reused" in again
 
 
 def check_runs(root: Path, sweep: Artifact) -> None:
@@ -314,8 +325,10 @@ def check_runs(root: Path, sweep: Artifact) -> None:
         runs = dict(store.execute("select name || version, run_id from model_versions"))
     [above] = [run for run, name in names.items() if name == "tune"]
     trials = {names[run]: run for run, parent in parents.items() if parent == above}
-    assert set(trials) == {"trial 1", "trial 2", "trial 3"}
-    assert {status[run] for run in trials.values()} == {"FINISHED"}
+    ends = {"done": "FINISHED", "stopped": "KILLED"}
+    assert {name: status[run] for name, run in trials.items()} == {
+        f"trial {row['trial']}": ends[row["state"]] for row in json.loads(sweep.read("sweep.json"))["rows"][1:]
+    }
     if sweep.facts["best_trial"] == "preset":
         assert not aliases
     else:
@@ -328,15 +341,33 @@ SIX = ("--trials", "6", "--concurrent", "1", "--train.validate-every", "8")
 
 @pytest.mark.slow
 def test_asha_stops_trials_early(tmp_path: Path) -> None:
-    """Six trials one after the other, rungs at 8 and 24 steps: some are stopped, their workers are given back, and
-    what came to its end is compared."""
-    output = finished(start(tmp_path / "root", *SIX))
-    sweep = sweep_in(tmp_path / "root")
+    """Six trials one after the other, rungs at 8 and 24 steps; Ctrl-C in the first, kill -9 in the third: some are
+    stopped, their workers are given back, what came to its end is compared, and none of it is trained again."""
+    root = tmp_path / "root"
+    process = start(root, *SIX)
+    wait_for_line(process, "tune: trial 1 of 6: ")
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on from here" in finished(process, 130)
+    process = start(root, *SIX)
+    wait_for_line(process, "tune: trial 3 of 6 begins")
+    process.kill()
+    process.wait()
+    time.sleep(1)
+    models = {path: path.stat().st_mtime_ns for path in root.glob("train_vqvae-*/manifest.json")}
+    assert len(models) >= 2, "the preset and the first trial"
+    output = finished(start(root, *SIX))
+    assert "tune: made in" in output and "best:   " in output
+    assert {path: path.stat().st_mtime_ns for path in models} == models
+    sweep = sweep_in(root)
     found = json.loads(sweep.read("sweep.json"))["rows"][1:]
     states = [row["state"] for row in found]
-    assert len(states) == 6 and set(states) == {"done", "stopped"}, output
+    assert {row["trial"] for row in found} == set(range(1, 7)) and set(states) == {"done", "stopped"}, output
     assert all(row["steps"] < 24 and row["model"] is None for row in found if row["state"] == "stopped")
-    assert output.count(" is stopped after ") == states.count("stopped")
+    assert all(row["steps"] == 24 for row in found if row["state"] == "done")
+    check_rows(sweep)
+    check_runs(root, sweep)
+    assert "data:image/png" in (root / "sweep.html").read_text()
+    assert "tune: reused" in finished(start(root, *SIX))
 
 
 @pytest.mark.slow
