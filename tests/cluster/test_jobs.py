@@ -60,19 +60,21 @@ def contents(root: Folder) -> dict[str, str]:
     return found
 
 
-def runs(server: MlflowServer, root: str) -> dict[str, tuple[str, list[str]]]:
-    """Name of each run that the server has of a root to its status and its files."""
+def check_runs(server: MlflowServer, root: str) -> None:
+    """The server has a run of the root and of each stage, all ended well, with their files."""
     from mlflow import MlflowClient
 
-    client, found = MlflowClient(server.uri, server.uri), {}  # whatever this process used before
+    client = MlflowClient(server.uri, server.uri)  # whatever this process used before
     experiment = client.get_experiment_by_name("vqvae-pipeline")
     assert experiment is not None
     (parent,) = client.search_runs([experiment.experiment_id], f"tags.`pipeline.root` = '{root}'")
     children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    for run in (parent, *children):
-        files = [file.path for place in ("", "model") for file in client.list_artifacts(run.info.run_id, place)]
-        found[run.info.run_name] = (run.info.status, files)
-    return found
+    found = {run.info.run_name: run.info for run in (parent, *children)}
+    assert {name: info.status for name, info in found.items()} == dict.fromkeys([*STAGES, "smoke"], "FINISHED")
+    files = {"train_vqvae": ("model", "model.safetensors"), "sample": ("", "samples.png"), "smoke": ("", "report.html")}
+    for name, (folder, file) in files.items():
+        path = f"{folder}/{file}" if folder else file
+        assert path in {one.path for one in client.list_artifacts(found[name].run_id, folder)}
 
 
 def submit(cluster: LocalCluster, name: str, *arguments: str) -> subprocess.Popen[str]:
@@ -178,12 +180,7 @@ def test_a_job_that_loses_nodes_makes_what_one_machine_makes(
     assert contents(root) == alone
     for name, value in mlflow_server.client.items():
         monkeypatch.setenv(name, value)
-    assert {name: status for name, (status, _) in runs(mlflow_server, root.uri).items()} == dict.fromkeys(
-        [*STAGES, "smoke"], "FINISHED"
-    )
-    assert {"model/model.safetensors", "samples.png", "report.html"} <= {
-        path for _, paths in runs(mlflow_server, root.uri).values() for path in paths
-    }
+    check_runs(mlflow_server, root.uri)
     again = submit(cluster, f"again-{len(stages)}", *more)
     output = said(again)
     assert again.returncode == 0 and all(f"{stage}: reused" in output for stage in STAGES), output
