@@ -49,6 +49,7 @@ def test_it_says_what_it_did(done: tuple[Path, str]) -> None:
     for stage in STAGES:
         assert re.search(rf"^{stage}: made in [\d.]+ s  {root}/{stage}-\w{{12}}$", said, re.MULTILINE)
     assert f"report: {root}/report.html" in said
+    assert "alarm at step" not in said, "half of the codes are in use"
     assert re.search(r"^done in [\d.]+ s, \d+ % of it inside stage work$", said, re.MULTILINE)
 
 

@@ -297,7 +297,6 @@ def test_a_checkpoint_of_another_config_is_refused(done: Path, root: Path) -> No
     assert model(root).files == model(done).files
 
 
-@pytest.mark.exhaustive
 def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None:
     """The same recipe over other contents is another work: old states are not used."""
     process = start(root, "--resources.num-workers", "2")
@@ -425,7 +424,6 @@ def test_nodes_that_go_and_come(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         cluster.close()
 
 
-@pytest.mark.exhaustive
 def test_an_alarm_where_few_codes_are_used(root: Path) -> None:
     many = ["--vqvae.quantizer.num-codes", "4096", "--vqvae.quantizer.revive-every", "0"]
     result = run(root, *many, "--resources.usage-alarm", "1.0", "--train.steps", "40")
@@ -434,6 +432,3 @@ def test_an_alarm_where_few_codes_are_used(root: Path) -> None:
         r"^train_vqvae: alarm at step \d+: \d+\.\d % of the codes were used in the last epoch, expected at least 100 %",
         result.stdout, re.MULTILINE,
     )  # fmt: skip
-    other = run(root, *many, "--resources.usage-alarm", "0.0", "--train.steps", "60")
-    assert other.returncode == 0, other.stderr
-    assert "alarm at step" not in other.stdout
