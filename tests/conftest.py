@@ -2,8 +2,10 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,35 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}; set VQVAE_SHARED_DATA to a folder that has it")
     return SHARED_DATA
+
+
+# Threads are part of what decides the last bits of a sum.
+ONE_CPU = ("--resources.cpus-per-worker", "1")
+
+
+@dataclass(frozen=True)
+class SmokeRun:
+    """A root with a run of the smoke preset, what that printed, and the digest of each artifact's files by its name."""
+
+    root: Path
+    said: str
+    contents: dict[str, str]
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory: pytest.TempPathFactory) -> SmokeRun:
+    """The whole pipeline on one machine, uninterrupted. Tests may add to its root."""
+    from vqvae_core.artifacts import MANIFEST, Artifact
+    from vqvae_core.storage import Folder
+
+    root, place = tmp_path_factory.mktemp("smoke"), tmp_path_factory.mktemp("place")
+    command = [sys.executable, str(Path(__file__).parents[1] / "pipelines" / "full.py"), "--preset", "smoke"]
+    command += ["--root", str(root), *ONE_CPU]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=place)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not list(place.iterdir()), "it left something where it was started"
+    artifacts = [Artifact.open(Folder.of(path.parent)) for path in root.glob(f"*/{MANIFEST}")]
+    return SmokeRun(root, result.stdout, {one.folder.name: one.manifest.content for one in artifacts})
 
 
 @pytest.fixture(scope="session")

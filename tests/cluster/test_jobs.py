@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import LocalCluster
+from tests.conftest import ONE_CPU, SmokeRun
 from tests.pipelines.test_cli import ROOT
 from tests.pipelines.test_ray_train import named
 from tests.servers import MlflowServer
@@ -26,8 +27,7 @@ WORKERS = {
     "train_prior": "RayTrainWorker", "sample": "MapWorker", "evaluate": "MapWorker",
 }  # fmt: skip
 STAGES = tuple(WORKERS)
-# Threads are part of what decides the last bits of a sum.
-OPTIONS = ("--preset", "smoke", "--resources.cpus-per-worker", "1")
+OPTIONS = ("--preset", "smoke", *ONE_CPU)
 
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -39,16 +39,6 @@ def cluster(s3_bucket: str, mlflow_server: MlflowServer) -> Iterator[LocalCluste
     found = LocalCluster(3, jobs=True, env={**TOKEN, **mlflow_server.client, "RAY_JOB_STOP_WAIT_TIME_S": "120"})
     yield found
     found.close()
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each stage makes on one machine with a local root."""
-    root = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, str(ROOT / "pipelines" / "full.py"), "--root", str(root), *OPTIONS, "--no-track"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return contents(Folder.of(str(root)))
 
 
 def contents(root: Folder) -> dict[str, str]:
@@ -128,7 +118,7 @@ def stop(cluster: LocalCluster, name: str) -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, alone: dict[str, str]) -> None:
+def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, smoke_run: SmokeRun) -> None:
     """The same job under another name goes on from what a stopped one left."""
     root = Folder.of(f"{s3_bucket}/stopped")
     more = ("--root", root.uri, *OPTIONS, "--no-track", "--resources.checkpoint-every", "4")
@@ -143,7 +133,7 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, al
     again = submit(cluster, "goes-on", *more)
     output = said(again)
     assert again.returncode == 0 and "shard: reused" in output, output
-    assert contents(root) == alone
+    assert contents(root) == smoke_run.contents
 
 
 @pytest.mark.parametrize(
@@ -157,7 +147,7 @@ def test_a_job_that_loses_nodes_makes_what_one_machine_makes(
     stages: tuple[str, ...],
     cluster: LocalCluster,
     s3_bucket: str,
-    alone: dict[str, str],
+    smoke_run: SmokeRun,
     mlflow_server: MlflowServer,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -177,7 +167,7 @@ def test_a_job_that_loses_nodes_makes_what_one_machine_makes(
     assert process.returncode == 0, output
     assert all(f"{stage}: made in" in output for stage in STAGES), output
     assert f"report: {root.uri}/report.html" in output
-    assert contents(root) == alone
+    assert contents(root) == smoke_run.contents
     for name, value in mlflow_server.client.items():
         monkeypatch.setenv(name, value)
     check_runs(mlflow_server, root.uri)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from tests.conftest import ONE_CPU, SmokeRun
 from tests.pipelines.test_cli import ROOT, assert_one_line, full
 from tests.pipelines.test_extractor import extractor
 from vqvae_core.artifacts import MANIFEST, Artifact
@@ -35,13 +36,9 @@ def artifacts(root: Path) -> dict[str, Artifact]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def done(smoke_run: SmokeRun) -> tuple[Path, str]:
     """A root with one finished run, and what it printed."""
-    root, place = tmp_path_factory.mktemp("done"), tmp_path_factory.mktemp("place")
-    result = smoke(root, cwd=place)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert not list(place.iterdir()), "it left something where it was started"
-    return root, result.stdout
+    return smoke_run.root, smoke_run.said
 
 
 def test_it_says_what_it_did(done: tuple[Path, str]) -> None:
@@ -333,11 +330,11 @@ KILLS = {
         pytest.param(tuple(KILLS), id="seven", marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_driver_that_is_killed_goes_on(done: tuple[Path, str], tmp_path: Path, places: tuple[str, ...]) -> None:
+def test_a_driver_that_is_killed_goes_on(smoke_run: SmokeRun, tmp_path: Path, places: tuple[str, ...]) -> None:
     """The same command after each kill does nothing finished again, and what it makes in the end is byte for byte what
     an uninterrupted run makes in another root."""
     root = tmp_path / "root"
-    options = ["--no-track", "--resources.checkpoint-every", "2"]
+    options = ["--no-track", "--resources.checkpoint-every", "2", *ONE_CPU]
     kept: dict[Path, int] = {}
     lines: list[str] = []
     for where in places:
@@ -357,8 +354,7 @@ def test_a_driver_that_is_killed_goes_on(done: tuple[Path, str], tmp_path: Path,
         assert len([line for line in lines if line.startswith(f"{stage}: made in ")]) == 1, stage
     for stage in {"train_vqvae", "train_prior"} & set(places):
         assert any(re.match(rf"{stage}: went on from step [1-9]\d*", line) for line in lines), stage
-    for stage, made in artifacts(root).items():
-        assert made.files == Artifact.open(Folder.of(done[0] / made.folder.name)).files, stage
+    assert {made.folder.name: made.manifest.content for made in artifacts(root).values()} == smoke_run.contents
 
 
 def test_a_torn_and_an_altered_checkpoint(tmp_path: Path) -> None:

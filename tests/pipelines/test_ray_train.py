@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import LocalCluster
+from tests.conftest import SmokeRun
 from tests.pipelines.test_cli import ROOT, assert_one_line
 from tests.pipelines.test_full import artifacts
 from tests.vqvae_core.shards import make_images
@@ -40,9 +41,10 @@ def run(root: Path, *options: str, **settings) -> subprocess.CompletedProcess[st
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(tmp_path_factory: pytest.TempPathFactory, smoke_run: SmokeRun) -> Path:
     """A root with one training on two ranks that nothing interrupted."""
     root = tmp_path_factory.mktemp("whole")
+    copy_images(smoke_run.root, root)
     result = run(root, "--resources.num-workers", "2")
     assert result.returncode == 0, result.stdout + result.stderr
     return root
@@ -51,10 +53,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def root(done: Path, tmp_path: Path) -> Path:
     """A root with the same shards, and no model."""
-    for stage in ("index", "shard"):
-        place = Path(artifacts(done)[stage].folder.uri)
-        shutil.copytree(place, tmp_path / "root" / place.name)
+    copy_images(done, tmp_path / "root")
     return tmp_path / "root"
+
+
+def copy_images(root: Path, to: Path) -> None:
+    for stage in ("index", "shard"):
+        place = Path(artifacts(root)[stage].folder.uri)
+        shutil.copytree(place, to / place.name)
 
 
 def model(root: Path) -> Artifact:
@@ -357,9 +363,7 @@ def test_what_is_refused_in_the_middle_loses_nothing(done: Path, stopped: Path, 
 def stopped(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root whose training was asked to stop in the middle."""
     root = tmp_path_factory.mktemp("stopped") / "root"
-    for stage in ("index", "shard"):
-        place = Path(artifacts(done)[stage].folder.uri)
-        shutil.copytree(place, root / place.name)
+    copy_images(done, root)
     process = start(root, "--resources.num-workers", "2")
     wait_for_step(root, 60, process)
     process.send_signal(signal.SIGTERM)
