@@ -398,7 +398,10 @@ def uploaded(kind: str, place: Path, to: Folder) -> AnySource:
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(kind, marks=() if kind == "imagenet" else pytest.mark.exhaustive) for kind in SOURCES],
+    [
+        pytest.param(kind, marks=() if kind in ("imagenet", "huggingface") else pytest.mark.exhaustive)
+        for kind in SOURCES
+    ],
 )
 def test_from_and_to_a_store_that_fails(whole, faulty, tmp_path: Path, kind: str) -> None:
     """With the driver killed, and with workers killed when it goes on: the same hashes and fingerprint as on disk."""

@@ -206,23 +206,25 @@ def test_a_node_that_is_about_to_be_taken_away(root: Path, monkeypatch: pytest.M
 
 
 def test_another_number_of_workers_in_the_middle(done: Path, root: Path) -> None:
-    """Two ranks, then one: the same samples in each step, weights that differ by the order of sums only."""
+    """Two ranks, then one, which takes its batch in pieces: the same samples in each step, weights that differ by the
+    order of sums only."""
     process = start(root, "--resources.num-workers", "2")
     wait_for_step(root, 100, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    result = run(root, "--resources.num-workers", "1")
+    result = run(root, "--resources.num-workers", "1", "--resources.micro-batch", "2")
     assert result.returncode == 0, result.stderr
     assert "went on from step" in result.stdout
+    assert model(root).manifest.fingerprint == model(done).manifest.fingerprint
     assert model(root).facts["psnr_db"] == pytest.approx(model(done).facts["psnr_db"], abs=0.1)
     history = json.loads(model(root).read("history.json"))
     assert [point["step"] for point in history] == list(range(10, STEPS + 10, 10))
 
 
-@pytest.mark.exhaustive
 def test_elastic_workers_take_what_there_is(done: Path, root: Path) -> None:
-    """Up to 4 asked for, 2 CPUs there: two train, and the result is theirs."""
-    options = ["--resources.num-workers", "4", "--resources.min-workers", "1", "--resources.cpus-per-worker", "1"]
+    """Up to 4 asked for, 2 CPUs there: two train, with processes that decode, and the result is theirs."""
+    options = ["--resources.num-workers", "4", "--resources.min-workers", "1", "--resources.cpus-per-worker", "1",
+               "--resources.loader-workers", "2"]  # fmt: skip
     result = run(root, *options)
     assert result.returncode == 0, result.stderr
     assert model(root).files == model(done).files
@@ -233,21 +235,6 @@ def test_impossible_resources_fail_within_seconds(root: Path) -> None:
     result = run(root, "--resources.num-workers", "4", "--resources.cpus-per-worker", "64")
     assert_one_line(result, "expected 256 CPUs (4 workers with 64 CPUs each, each on one node)")
     assert time.monotonic() - begin < 60
-
-
-@pytest.mark.exhaustive
-def test_processes_that_decode_change_nothing(done: Path, root: Path) -> None:
-    result = run(root, "--resources.num-workers", "2", "--resources.loader-workers", "2")
-    assert result.returncode == 0, result.stderr
-    assert model(root).files == model(done).files
-
-
-@pytest.mark.exhaustive
-def test_pieces_of_a_batch_make_the_same_up_to_the_order_of_sums(done: Path, root: Path) -> None:
-    result = run(root, "--resources.num-workers", "2", "--resources.micro-batch", "2")
-    assert result.returncode == 0, result.stderr
-    assert model(root).manifest.fingerprint == model(done).manifest.fingerprint
-    assert model(root).facts["psnr_db"] == pytest.approx(model(done).facts["psnr_db"], abs=0.1)
 
 
 def test_a_disk_that_is_full_when_a_checkpoint_is_written(done: Path, root: Path, small_disk: Path) -> None:
@@ -273,7 +260,6 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_written(done: Path, root: Path
     assert model(place).files == model(done).files
 
 
-@pytest.mark.exhaustive
 def test_a_finished_training_whose_artifact_is_gone_says_so(done: Path, tmp_path: Path) -> None:
     copy = tmp_path / "root"
     shutil.copytree(done, copy)

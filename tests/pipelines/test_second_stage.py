@@ -180,10 +180,14 @@ def test_a_second_run_does_no_work(done: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_shown_is_made_again_alone(done: tuple[Path, str]) -> None:
+def test_what_is_shown_is_made_again_alone(done: tuple[Path, str], tmp_path: Path) -> None:
+    made = artifacts(done[0])["show_second_stage", 0]
     result = program(done[0], "--second-stage-runs.seed", "9", "--no-track")
     assert result.returncode == 0, result.stderr
     assert re.findall(r"^(\w+): made", result.stdout, re.MULTILINE) == ["show_second_stage"]
+    shutil.move(made.folder.uri, tmp_path / "before")
+    assert program(done[0], "--no-track").returncode == 0
+    assert Artifact.open(made.folder).files == made.files, "its draws are of the seed"
 
 
 @pytest.mark.slow

@@ -306,7 +306,7 @@ def check_rows(sweep: Artifact) -> None:
     values = [row["objective"] for row in done]
     assert values == sorted(values, reverse=True)
     assert sweep.facts["best"] == max(row["objective"] for row in (found[0], *done))
-    for row in done:
+    for row in (found[0], *done):
         model = Artifact.open(Folder(row["model"]))
         assert model.manifest.recipe["train"]["learning_rate"] == row["values"]["train.learning_rate"]
         assert model.manifest.recipe["model"]["quantizer"]["num_codes"] == row["values"]["vqvae.quantizer.num_codes"]
@@ -410,37 +410,54 @@ def test_a_trial_that_diverges_is_the_worst(tmp_path: Path) -> None:
     assert (found[1e-3]["state"], found[1e30]["state"]) == ("done", "diverged") and found[1e30]["objective"] is None
 
 
-@pytest.mark.slow
-@pytest.mark.exhaustive
-def test_a_population_that_is_killed_goes_on(tmp_path: Path) -> None:
-    """Three trials in two generations, killed in the second; again with two at a time: the same values, the same
-    figures, and the bytes of the models."""
-    root, other = tmp_path / "root", tmp_path / "other"
-    space = "train.learning-rate=log:1e-4..1e-2 vqvae.commitment-cost=log:1..50"
-    more = ("--search", space, "--scheduler", "pbt", "--trials", "3", "--generations", "2", "--train.precision", "fp32",
-            "--resources.cpus-per-worker", "1")  # fmt: skip
-    process = start(root, *more, "--concurrent", "1")
+POPULATION = (
+    "--search", "train.learning-rate=log:1e-4..1e-2 vqvae.commitment-cost=log:1..50", "--scheduler", "pbt",
+    "--trials", "3", "--generations", "2", "--train.precision", "fp32", "--resources.cpus-per-worker", "1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def population(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with three trials in two generations, one at a time, which was killed in the second."""
+    root = tmp_path_factory.mktemp("population") / "root"
+    process = start(root, *POPULATION, "--concurrent", "1")
     wait_for_line(process, " goes on from trial ")
     wait_for_line(process, "tune: trial 2 of 3: ")
     process.kill()
     process.wait()
     time.sleep(1)
-    output = finished(start(root, *more, "--concurrent", "1"))
+    output = finished(start(root, *POPULATION, "--concurrent", "1"))
     assert "trial 1 of 3 begins" not in output.partition("at step 12")[0], "what is done is not done again"
-    finished(start(other, *more, "--concurrent", "2"))
-    found, without = (json.loads(sweep_in(place).read("sweep.json")) for place in (root, other))
-    assert found["moves"] == without["moves"] and len(found["moves"]) == 1
-    for row, same in zip(found["rows"], without["rows"], strict=True):
-        model, copy = (Artifact.open(Folder(one["model"])) for one in (row, same))
-        assert (row["values"], row["objective"], row["steps"]) == (same["values"], same["objective"], 24)
-        assert model.manifest.content == copy.manifest.content
-        recipe = model.manifest.recipe
-        assert recipe["train"]["learning_rate"] == row["values"]["train.learning_rate"]
+    return root
+
+
+@pytest.mark.slow
+def test_a_population_that_is_killed_goes_on(population: Path) -> None:
+    """Each has its own values to its end, and the one that goes on from another has the other's up to there."""
+    sweep = sweep_in(population)
+    found = json.loads(sweep.read("sweep.json"))
+    models = {row["trial"]: Artifact.open(Folder(row["model"])) for row in found["rows"]}
+    for row in found["rows"]:
+        recipe = models[row["trial"]].manifest.recipe
+        assert row["steps"] == 24 and recipe["train"]["learning_rate"] == row["values"]["train.learning_rate"]
         if row["trial"] != "preset":
             assert [part["until"] for part in recipe["before"]] == [12]
-    child, parent = re.match(r"trial (\d) goes on from trial (\d) at step 12: ", found["moves"][0]).groups()
-    (record,) = Path(sweep_in(root).folder.uri).glob(f"training-*/generation-1/trials/trial-0000{parent}.json")
+    (move,) = found["moves"]
+    child, parent = re.match(r"trial (\d) goes on from trial (\d) at step 12: ", move).groups()
+    (record,) = Path(sweep.folder.uri).glob(f"training-*/generation-1/trials/trial-0000{parent}.json")
     told = json.loads(record.read_text())
     assert told["reached"]["step"] == 12 and list(Path(told["reached"]["folder"]).glob("step-*12/state.safetensors"))
-    model = Artifact.open(Folder(next(row["model"] for row in found["rows"] if row["trial"] == int(child))))
-    assert model.manifest.recipe["before"][0]["values"] == told["values"], "up to there it has the parent's"
+    assert models[int(child)].manifest.recipe["before"][0]["values"] == told["values"], "the parent's"
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_population_two_at_a_time(population: Path, tmp_path: Path) -> None:
+    """The same values, the same figures, and the bytes of the models."""
+    finished(start(tmp_path / "other", *POPULATION, "--concurrent", "2"))
+    found, other = (json.loads(sweep_in(place).read("sweep.json")) for place in (population, tmp_path / "other"))
+    assert found["moves"] == other["moves"]
+    for row, same in zip(found["rows"], other["rows"], strict=True):
+        model, copy = (Artifact.open(Folder(one["model"])) for one in (row, same))
+        assert (row["values"], row["objective"], row["steps"]) == (same["values"], same["objective"], same["steps"])
+        assert model.manifest.content == copy.manifest.content
