@@ -270,6 +270,7 @@ def test_a_finished_training_whose_artifact_is_gone_says_so(done: Path, tmp_path
     assert model(copy).files == model(done).files
 
 
+@pytest.mark.exhaustive
 def test_a_checkpoint_of_another_config_is_refused(done: Path, root: Path) -> None:
     """Nothing of it is lost, and with the right one in its place training goes on."""
     process = start(root, "--resources.num-workers", "2")
