@@ -139,7 +139,7 @@ def test_a_job_that_is_stopped_goes_on(cluster: LocalCluster, s3_bucket: str, sm
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param(("shard", "train_vqvae", "tokenize"), id="three"),  # one of each kind of worker
+        pytest.param(("train_vqvae", "tokenize"), id="two"),  # a training's worker and one that encodes
         pytest.param(STAGES, id="seven", marks=pytest.mark.exhaustive),
     ],
 )

@@ -231,7 +231,7 @@ def some(names: set[str]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("kind", "config"), some({"vizdoom", "webdataset", "imagenet-in-groups"}))
+@pytest.mark.parametrize(("kind", "config"), some({"vizdoom", "imagenet-in-groups"}))
 def test_a_killed_driver_comes_to_the_same_bytes(
     session: Session, whole, tmp_path: Path, kind: str, config: ShardConfig
 ) -> None:

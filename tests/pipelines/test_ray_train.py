@@ -130,6 +130,18 @@ def _under(pid: int, ancestor: int) -> bool:
     return False
 
 
+@pytest.fixture(scope="module")
+def stopped(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root whose training was asked to stop in the middle."""
+    root = tmp_path_factory.mktemp("stopped") / "root"
+    copy_images(done, root)
+    process = start(root, "--resources.num-workers", "2")
+    wait_for_step(root, 60, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    return root
+
+
 @pytest.mark.exhaustive
 def test_nothing_idle_runs_beside_the_ranks(tmp_path: Path) -> None:
     """Where they train on one machine, what shared it before (here the sharding) and what has nothing to do is gone,
@@ -205,13 +217,11 @@ def test_a_node_that_is_about_to_be_taken_away(root: Path, monkeypatch: pytest.M
         cluster.close()
 
 
-def test_another_number_of_workers_in_the_middle(done: Path, root: Path) -> None:
+def test_another_number_of_workers_in_the_middle(done: Path, stopped: Path, tmp_path: Path) -> None:
     """Two ranks, then one, which takes its batch in pieces: the same samples in each step, weights that differ by the
     order of sums only."""
-    process = start(root, "--resources.num-workers", "2")
-    wait_for_step(root, 100, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    root = tmp_path / "root"
+    shutil.copytree(stopped, root)
     result = run(root, "--resources.num-workers", "1", "--resources.micro-batch", "2")
     assert result.returncode == 0, result.stderr
     assert "went on from step" in result.stdout
@@ -290,12 +300,10 @@ def test_a_checkpoint_of_another_config_is_refused(done: Path, root: Path) -> No
     assert model(root).files == model(done).files
 
 
-def test_a_changed_data_artifact_is_trained_anew(done: Path, root: Path) -> None:
+def test_a_changed_data_artifact_is_trained_anew(stopped: Path, tmp_path: Path) -> None:
     """The same recipe over other contents is another work: old states are not used."""
-    process = start(root, "--resources.num-workers", "2")
-    wait_for_step(root, 20, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    root = tmp_path / "root"
+    shutil.copytree(stopped, root)
     before = {path: path.read_bytes() for path in root.glob("train_vqvae-*/training-*/step-*/*")}
     shard = next(root.glob("shard-*"))
     manifest = json.loads((shard / MANIFEST).read_text())
@@ -344,18 +352,6 @@ def test_what_is_refused_in_the_middle_loses_nothing(done: Path, stopped: Path, 
     assert before
     assert_one_line(run(stopped, "--resources.num-workers", "2", *options), words)
     assert {path: path.read_bytes() for path in stopped.glob("train_vqvae-*/training-*/step-*/*")} == before
-
-
-@pytest.fixture(scope="module")
-def stopped(done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root whose training was asked to stop in the middle."""
-    root = tmp_path_factory.mktemp("stopped") / "root"
-    copy_images(done, root)
-    process = start(root, "--resources.num-workers", "2")
-    wait_for_step(root, 60, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
-    return root
 
 
 def test_what_was_refused_in_the_middle_goes_on(done: Path, stopped: Path) -> None:
