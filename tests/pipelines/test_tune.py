@@ -432,6 +432,7 @@ def population(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_population_that_is_killed_goes_on(population: Path) -> None:
     """Each has its own values to its end, and the one that goes on from another has the other's up to there."""
     sweep = sweep_in(population)
