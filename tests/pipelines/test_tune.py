@@ -171,9 +171,9 @@ def start(root: Path, *more: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finished(process: subprocess.Popen, code: int = 0) -> str:
+def finished(process: subprocess.Popen, code: int = 0, seconds: float = 600) -> str:
     try:
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=seconds)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -274,7 +274,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path) -> None:
     process = start(root, *more)
     wait_for_line(process, "tune: trial 1 of 3: ")
     process.send_signal(signal.SIGINT)
-    assert "the same command goes on from here" in finished(process, 130)
+    assert "the same command goes on from here" in finished(process, 130, seconds=120)
     assert not list(root.glob("tune-*/manifest.json"))
     process = start(root, *more)
     wait_for_line(process, "tune: trial 2 of 3: ")
@@ -347,7 +347,7 @@ def test_asha_stops_trials_early(tmp_path: Path) -> None:
     process = start(root, *SIX)
     wait_for_line(process, "tune: trial 1 of 6: ")
     process.send_signal(signal.SIGINT)
-    assert "the same command goes on from here" in finished(process, 130)
+    assert "the same command goes on from here" in finished(process, 130, seconds=120)
     process = start(root, *SIX)
     wait_for_line(process, "tune: trial 3 of 6 begins")
     process.kill()
